@@ -1,0 +1,256 @@
+"""Linear and convolution with a quantized weight and per-sample scales (eq. 5).
+
+``y = sum_p r_out_p * f_p(x_p * s_in_p) + b``, where ``f`` is the frozen layer without its bias and
+``p`` runs over the one or two parts that the layer's input channels were quantized in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dequantize import dequantize_into
+from .errors import QuantTuneError
+from .scales import LayerScales
+from .scratch import WEIGHTS
+from .weight import QuantizedWeight
+
+Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""A layer as ``product(x, weight, bias)``."""
+
+LINEAR_CHANNELS = -1
+CONV2D_CHANNELS = -3
+
+
+def linear(
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None = None,
+    scales: LayerScales | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` with a quantized weight.
+
+    Args:
+        x: ``[batch, ..., in]``.
+        qweight: of logical shape ``[out, in]``.
+        bias: ``[out]`` or None; never scaled.
+        scales: one row for all samples, or one row per sample (or per equal run of samples).
+
+    Raises:
+        QuantTuneError: the rows of ``scales`` do not fit the batch, or its channels the weight.
+    """
+    return _quantized(x, F.linear, LINEAR_CHANNELS, qweight, bias, scales, groups=1)
+
+
+def conv2d(
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    scales: LayerScales | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with a quantized weight; see `linear`."""
+    product = partial(_conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return _quantized(x, product, CONV2D_CHANNELS, qweight, bias, scales, groups)
+
+
+def scaled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scales: LayerScales | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """`linear` with an ordinary float weight, for instance one that a LoRA has patched."""
+    return apply_scales(x, F.linear, LINEAR_CHANNELS, weight, bias, scales, split)
+
+
+def scaled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    scales: LayerScales | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """`conv2d` with an ordinary float weight, for instance one that a LoRA has patched."""
+    product = partial(_conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return apply_scales(x, product, CONV2D_CHANNELS, weight, bias, scales, split)
+
+
+def apply_scales(
+    x: Tensor,
+    product: Product,
+    channel_dim: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: LayerScales | None,
+    split: int | None = None,
+) -> Tensor:
+    """Run ``product`` with the scales applied to its input and output.
+
+    Args:
+        x: activations, samples first.
+        product: the layer, called as ``product(x, weight, bias)``.
+        channel_dim: negative index of the channel dimension of both input and output.
+        weight: float weight ``[out, in / groups, ...]`` in the dtype of ``x``.
+        bias: ``[out]`` or None.
+        scales: see `linear`; None runs the layer as it is.
+        split: number of input channels of the first part, or None.
+
+    Returns:
+        ``sum_p r_out_p * product(x_p * s_in_p, weight_p) + bias``.
+    """
+    if scales is None:
+        return product(x, weight, bias)
+    parts = 1 if split is None else 2
+    groups = x.shape[channel_dim] // weight.shape[1]
+    _check_channels(scales, parts * weight.shape[0], weight.shape[1] * groups)
+    r_out, s_in = scales.r_out, scales.s_in
+    if s_in is not None:
+        x = _multiply(x, _per_sample(s_in, x, channel_dim))
+    if split is None:
+        y = product(x, weight, None)
+        y = _multiply(y, _per_sample(r_out, y, channel_dim), in_place=True)
+    else:
+        xs = x.split([split, x.shape[channel_dim] - split], dim=channel_dim)
+        ys = [product(xs[0], weight[:, :split], None), product(xs[1], weight[:, split:], None)]
+        first, second = (
+            _multiply(y, _per_sample(r, y, channel_dim), in_place=True)
+            for y, r in zip(ys, r_out.chunk(2, dim=1))
+        )
+        y = first + second if torch.is_grad_enabled() else first.add_(second)
+    if bias is None:
+        return y
+    bias = bias.to(y.dtype).view(-1, *[1] * (-channel_dim - 1))
+    return y + bias if torch.is_grad_enabled() else y.add_(bias)
+
+
+def _quantized(
+    x: Tensor,
+    product: Product,
+    channel_dim: int,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    scales: LayerScales | None,
+    groups: int,
+) -> Tensor:
+    """Dequantize into a buffer, with whatever scales can be folded in, and run ``product``."""
+    if qweight.split is not None and groups != 1:
+        raise QuantTuneError(
+            "A grouped convolution cannot have its input channels split for quantization; "
+            "quantize this layer without a split."
+        )
+    r_out = s_in = None
+    if scales is not None:
+        _check_channels(scales, qweight.parts * qweight.shape[0], qweight.shape[1] * groups)
+        if scales.rows == 1 and not _wants_grad(scales.r_out, scales.s_in):
+            # One expert for all samples: the output scale costs nothing next to the quantizer's.
+            r_out = scales.r_out.view(qweight.parts, -1).t()
+            if scales.s_in is not None:
+                if qweight.numel <= x.numel():
+                    s_in = scales.s_in[0]
+                else:
+                    x = _multiply(x, _per_sample(scales.s_in, x, channel_dim))
+            scales = None
+    weight = dequantize_weight(qweight, x, scales, r_out, s_in)
+    bias = None if bias is None else bias.to(x.dtype)
+    return apply_scales(x, product, channel_dim, weight, bias, scales, qweight.split)
+
+
+def dequantize_weight(
+    qweight: QuantizedWeight,
+    x: Tensor,
+    scales: LayerScales | None = None,
+    r_out: Tensor | None = None,
+    s_in: Tensor | None = None,
+) -> Tensor:
+    """The float weight for a product with ``x``: the shared scratch buffer if nothing needs grad.
+
+    The result is overwritten by the next layer unless autograd may have to keep it, in which case
+    it is a tensor of its own.
+    """
+    keep = _wants_grad(x) or (scales is not None and _wants_grad(scales.r_out, scales.s_in))
+    if keep:
+        # Outside inference mode even if the host built the weight inside: autograd saves this one.
+        with torch.inference_mode(False):
+            out = torch.empty(qweight.shape, dtype=x.dtype, device=qweight.device)
+    else:
+        out = WEIGHTS.get(qweight.shape, x.dtype, qweight.device)
+    return dequantize_into(
+        out,
+        qweight.packed,
+        qweight.scale,
+        qweight.zero_point,
+        qweight.bits,
+        qweight.split,
+        r_out,
+        s_in,
+    )
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """`torch.nn.functional.conv2d` with its positional arguments in `Product` order."""
+    return F.conv2d(x, weight, bias, **options)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is on and one of the tensors takes part in it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_channels(scales: LayerScales, outputs: int, inputs: int) -> None:
+    """Raise `QuantTuneError` unless the scales have these numbers of columns."""
+    for label, tensor, channels in (
+        ("output", scales.r_out, outputs),
+        ("input", scales.s_in, inputs),
+    ):
+        if tensor is not None and tensor.shape[-1] != channels:
+            raise QuantTuneError(
+                f"The scales hold {tensor.shape[-1]} {label} channels where the layer has "
+                f"{channels}; use a scale file that was trained on this base model."
+            )
+
+
+def _per_sample(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+    """Scale rows ``[N, C]`` shaped to multiply ``like``, whose first dimension is the batch."""
+    trailing = [1] * (-channel_dim - 1)
+    if rows.shape[0] == 1:
+        return rows.view(-1, *trailing)
+    batch = like.shape[0]
+    if like.dim() <= -channel_dim or batch % rows.shape[0]:
+        raise QuantTuneError(
+            f"The scales are for {rows.shape[0]} samples, but the layer got a batch of shape "
+            f"{list(like.shape)}; use a batch size that is a multiple of {rows.shape[0]}."
+        )
+    if batch != rows.shape[0]:
+        rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
+    middle = [1] * (like.dim() + channel_dim - 1)
+    return rows.view(batch, *middle, -1, *trailing)
+
+
+def _multiply(x: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
+    """``x * factor`` in the dtype of ``x``, without rounding a factor near 1 to half precision.
+
+    Half precision holds ``factor - 1`` to 8 bits or better where it would lose most of ``factor``,
+    and the fused multiply-add works in float32 inside.
+    """
+    if x.dtype == factor.dtype:
+        if in_place and not torch.is_grad_enabled():
+            return x.mul_(factor)
+        return x * factor
+    delta = (factor - 1).to(x.dtype)
+    if in_place and not torch.is_grad_enabled():
+        return x.addcmul_(x, delta)
+    return torch.addcmul(x, x, delta)

@@ -1,0 +1,215 @@
+"""Reading and writing safetensors files so that a bad disk or a bad file never hurts anyone.
+
+Writing goes to a temporary file beside the target, which replaces it only when every byte is on
+the disk. Reading maps the file: tensors are views of the map, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import secrets
+import struct
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import QuantTuneError
+
+METADATA_KEY = "quanttune"
+"""Key of the header's string metadata under which our own JSON object is stored."""
+
+MAX_HEADER_BYTES = 100_000_000
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CURES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EROFS: "the folder is read-only; choose another folder",
+    errno.EACCES: "writing there is not permitted; choose another folder",
+    errno.EPERM: "writing there is not permitted; choose another folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EISDIR: "there is a folder of that name; choose another name",
+}
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    overwrite: bool = True,
+) -> None:
+    """Write tensors and our metadata to ``path``, completely or not at all.
+
+    Tensors are written one by one from where they are; no second copy of the model is made.
+
+    Args:
+        path: target; its folder is created if need be.
+        tensors: name to tensor on any device.
+        metadata: JSON-able object stored under `METADATA_KEY`.
+        overwrite: False refuses to replace an existing file.
+
+    Raises:
+        QuantTuneError: the file exists already, or cannot be written; nothing is left behind.
+    """
+    path = os.fspath(path)
+    if not overwrite and os.path.exists(path):
+        raise QuantTuneError(
+            f"The file {path} exists already; choose another name or allow overwriting."
+        )
+    # Wide types first keeps every tensor aligned in the map; names make the order reproducible.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header(names, tensors, metadata)
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(header)
+            for name in names:
+                _write_tensor(file, tensors[name])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+        if isinstance(error, OSError):
+            cure = CURES.get(error.errno, f"{error.strerror or error}; choose another folder")
+            raise QuantTuneError(f"The file {path} could not be written because {cure}.") from error
+        raise
+
+
+def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """The length-prefixed JSON header, padded so that the data starts at a multiple of 8."""
+    # "format" is what other readers of safetensors files look at.
+    text = {"format": "pt", METADATA_KEY: json.dumps(metadata, allow_nan=False)}
+    entries: dict[str, Any] = {"__metadata__": text}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise QuantTuneError(
+                f"The tensor {name} has type {tensor.dtype}, which a safetensors file cannot "
+                "hold; convert it to float first."
+            )
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy. Keep the tensor alive meanwhile."""
+    count = tensor.numel() * tensor.element_size()
+    if not count:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * count).from_address(tensor.data_ptr())).cast("B")
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    file.write(tensor_bytes(tensor))
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Map a safetensors file.
+
+    Returns:
+        Our metadata object, or None if the file carries none, and name to tensor. The tensors are
+        views of the mapped file: reading them reads the disk, writing them does not write it.
+
+    Raises:
+        QuantTuneError: missing, empty, truncated, damaged or pickled files, and any other kind.
+    """
+    path = os.fspath(path)
+    _check_start(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        if "IncompleteBuffer" in str(error):
+            raise _damaged(path, "is cut short") from error
+        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
+    if text is None:
+        return None, tensors
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "has unreadable QuantTune metadata")
+    return metadata, tensors
+
+
+def _check_start(path: str) -> None:
+    """Recognise by their first bytes the files that safetensors cannot explain in user terms."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise QuantTuneError(
+            f"The file {path} does not exist; choose another file or put it there."
+        ) from None
+    except OSError as error:
+        raise QuantTuneError(
+            f"The file {path} cannot be read ({error.strerror or error}); choose another file."
+        ) from error
+    if size == 0:
+        raise _damaged(path, "is empty")
+    if start.startswith(PICKLE_STARTS):
+        raise QuantTuneError(
+            f"The file {path} is a pickled checkpoint, which can run code when it is opened; "
+            "convert it to safetensors first."
+        )
+    if size < 9:
+        raise _damaged(path, "is cut short")
+    length = struct.unpack("<Q", start[:8])[0]
+    if start[8:9] != b"{":
+        raise QuantTuneError(
+            f"The file {path} is not a safetensors file; choose one that ends in .safetensors "
+            "and was saved by QuantTune."
+        )
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"has a damaged header (it claims {length} bytes)")
+    if length + 8 > size:
+        raise _damaged(path, "is cut short")
+
+
+def _damaged(path: str, how: str) -> QuantTuneError:
+    return QuantTuneError(f"The file {path} {how}; download or save it again.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
