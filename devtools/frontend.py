@@ -1,0 +1,170 @@
+"""The real ComfyUI frontend in a headless Chromium, driven through Playwright."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .console import Stop
+
+CHROMIUM_NAMES = (
+    "chromium",
+    "chromium-headless-shell",
+    "chromium-browser",
+    "google-chrome",
+    "chrome",
+)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_READY = (
+    "() => window.app && window.LiteGraph && window.app.extensionManager && window.app.rootGraph"
+)
+# Requests to the internet are cut off on purpose, so their failures are not the page's.
+_NOT_OURS = (
+    "net::ERR_",
+    "Failed to load resource",
+    "Failed to fetch",
+    "ERR_FAILED",
+    "Network Error",
+)
+
+
+def find_chromium() -> str | None:
+    """Path of a Chromium: the one QUANTTUNE_CHROMIUM names, or the first known one on PATH."""
+    named = os.environ.get("QUANTTUNE_CHROMIUM")
+    if named:
+        return shutil.which(named)
+    return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
+
+
+class Frontend:
+    """One page of the frontend.
+
+    Attributes:
+        page: Playwright's page.
+        errors: what the page wrote to its console as an error, and its uncaught exceptions.
+    """
+
+    def __init__(self, page: Any, url: str):
+        self.page = page
+        self.errors: list[str] = []
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self._note(str(error)))
+        page.goto(url, wait_until="domcontentloaded")
+        page.wait_for_function(_READY, timeout=120_000)
+        # The page opens its last or its default workflow by itself: let it finish first.
+        page.wait_for_function("() => window.app.rootGraph.nodes !== undefined", timeout=60_000)
+        page.wait_for_load_state("load")
+
+    def _on_console(self, message: Any) -> None:
+        if message.type == "error":
+            self._note(message.text)
+
+    def _note(self, text: str) -> None:
+        if not any(part in text for part in _NOT_OURS):
+            self.errors.append(text)
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow (UI format) as if the user had dropped its file on the page."""
+        self.page.evaluate("async (w) => { await window.app.loadGraphData(w) }", workflow)
+
+    def load_api(self, graph: dict[str, Any], name: str = "graph.json") -> None:
+        """Open a graph in API format; the frontend lays it out."""
+        self.page.evaluate(
+            "async ([g, n]) => { await window.app.loadApiJson(g, n) }", [graph, name]
+        )
+
+    def unknown_types(self) -> list[str]:
+        """Types of the open workflow's nodes that the frontend does not know."""
+        return self.page.evaluate(
+            """() => [...new Set(window.app.rootGraph.nodes.map(n => n.type))].filter(
+                t => !(t in window.LiteGraph.registered_node_types)
+                     && !(window.app.rootGraph.subgraphs?.has?.(t)))"""
+        )
+
+    def graph_to_prompt(self) -> dict[str, Any]:
+        """The open workflow as {"output": graph in API format, "workflow": UI format}."""
+        return self.page.evaluate(
+            "async () => { const p = await window.app.graphToPrompt();"
+            " return JSON.parse(JSON.stringify(p)) }"
+        )
+
+    def queue(self) -> str:
+        """Press Run; returns the prompt id that the server gave."""
+        with self.page.expect_response(
+            lambda r: r.url.endswith("/prompt") and r.request.method == "POST", timeout=60_000
+        ) as answer:
+            self.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
+        if answer.value.status != 200:
+            raise AssertionError(f"the server refused the workflow: {answer.value.text()}")
+        return answer.value.json()["prompt_id"]
+
+    def screenshot(self, path: Path, *, fit: bool = True) -> Path:
+        """Save a picture of the page, with the whole workflow in view unless `fit` is False."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fit:
+            self.page.evaluate(
+                """async () => {
+                    const c = window.app.canvas;
+                    c.ds.fitToBounds?.(window.app.rootGraph.nodes.length
+                        ? window.LiteGraph.createBounds?.(window.app.rootGraph.nodes)
+                          ?? c.graph.nodes[0].boundingRect : [0, 0, 1, 1]);
+                    c.setDirty(true, true);
+                }"""
+            )
+        self.page.wait_for_timeout(500)
+        self.page.screenshot(path=str(path))
+        return path
+
+
+@contextlib.contextmanager
+def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
+    """A headless Chromium with a profile of its own, cut off from the internet.
+
+    Yields Playwright's browser context. Raises `Stop` when Chromium or Playwright is missing.
+    """
+    chromium = find_chromium()
+    if chromium is None:
+        raise Stop("No Chromium was found: install it, or name it in QUANTTUNE_CHROMIUM.")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise Stop("The Python package playwright is missing: pip install playwright.") from error
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        sync_playwright() as play,
+    ):
+        context = play.chromium.launch_persistent_context(
+            profile,
+            executable_path=chromium,
+            headless=True,
+            args=list(FLAGS),
+            viewport={"width": width, "height": height},
+        )
+        context.route(
+            lambda url: "://127.0.0.1" not in url and url.startswith("http"), lambda r: r.abort()
+        )
+        try:
+            yield context
+        finally:
+            context.close()
+
+
+def open_page(context: Any, url: str) -> Frontend:
+    """Open the frontend of the server at `url` in a new tab."""
+    return Frontend(context.new_page(), url)
