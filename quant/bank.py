@@ -106,27 +106,35 @@ class ScaleBank:
         moved._cache = OrderedDict()
         return moved
 
-    def experts(self, timesteps: Tensor) -> list[tuple[int, ...]]:
-        """For every sample, the expert of each scale set."""
+    def experts(
+        self, timesteps: Tensor, num_timesteps: float | None = None
+    ) -> list[tuple[int, ...]]:
+        """For every sample, the expert of each scale set; see `resolve`."""
         # One transfer to the host however many sets there are.
         steps = timesteps.detach().reshape(-1).tolist()
         return [
-            tuple(expert_index(t, s.num_experts, s.num_timesteps) for s, _ in self.entries)
+            tuple(
+                expert_index(t, s.num_experts, num_timesteps or s.num_timesteps)
+                for s, _ in self.entries
+            )
             for t in steps
         ]
 
-    def resolve(self, timesteps: Tensor) -> dict[str, LayerScales]:
+    def resolve(
+        self, timesteps: Tensor, num_timesteps: float | None = None
+    ) -> dict[str, LayerScales]:
         """The effective scales of every touched layer for a batch.
 
         Args:
-            timesteps: ``[B]``, the model's own timesteps, 0 to T-1.
+            timesteps: ``[B]``, in units in which the model counts from 0 to T.
+            num_timesteps: that T; by default each scale set's own.
 
         Returns:
             Layer name to `LayerScales` with one row if all samples use the same experts (kept, so
             that the next step of the same experts costs nothing), else one row per sample. The
             tensors are views of two flat ones. Layers that no set touches are absent.
         """
-        experts = self.experts(timesteps)
+        experts = self.experts(timesteps, num_timesteps)
         if not self.names or not experts:
             return {}
         if any(e != experts[0] for e in experts):

@@ -43,6 +43,7 @@ class UNetMetadata:
         family: class name of the host's model family, e.g. ``"SD15"``.
         unet_config: the UNet's own constructor arguments, JSON-able; dtypes are dropped on saving.
         model_type: the host's prediction type, e.g. ``"EPS"`` or ``"V_PREDICTION"``.
+        sampling_settings: the host's settings of the noise schedule where the family has several.
         layers: layer name to ``{"bits", "symmetric", "shape", "split"}``; filled in on saving.
         floats: names of the tensors that stayed float; filled in on saving.
         provenance: JSON-able facts: source file, program version, command, quantization options.
@@ -53,6 +54,7 @@ class UNetMetadata:
     family: str
     unet_config: Mapping[str, Any] = field(default_factory=dict)
     model_type: str = ""
+    sampling_settings: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +124,7 @@ def save_quantized_unet(
     metadata = replace(
         metadata,
         unet_config=_jsonable(metadata.unet_config, "unet_config"),
+        sampling_settings=_jsonable(metadata.sampling_settings, "sampling_settings"),
         provenance=_jsonable(metadata.provenance, "provenance"),
         layers={
             name: {
@@ -221,6 +224,7 @@ def _read_metadata(
         "family": str,
         "unet_config": dict,
         "model_type": str,
+        "sampling_settings": dict,
         "layers": dict,
         "floats": list,
         "provenance": dict,
@@ -281,8 +285,9 @@ def _read_layer(path: str, name: str, facts: Any, tensors: dict[str, Tensor]) ->
     if not (low > 0 and math.isfinite(high)):
         raise wrong("a scale is NaN, infinite or not above 0")
     low, high = (float(v) for v in torch.aminmax(zero_point))
-    if not (low >= 0 and high < 2**bits):
-        raise wrong(f"a zero point is not between 0 and {2**bits - 1}")
+    # A base quantized elsewhere may have zero points outside of 0 .. 2**bits - 1.
+    if not (math.isfinite(low) and math.isfinite(high)) or bool((zero_point != zero_point.round()).any()):
+        raise wrong("a zero point is not a whole number")
     return QuantizedWeight(packed, scale, zero_point, bits, tuple(shape), split, facts["symmetric"])
 
 

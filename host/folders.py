@@ -1,0 +1,88 @@
+"""Where the pack's files live among ComfyUI's folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..quant import QuantTuneError
+
+UNET_FOLDERS = ("quanttune", "diffusion_models")
+SCALES_FOLDER = "quanttune_scales"
+STARTER = Path(__file__).resolve().parent.parent / "starter"
+
+
+def register_folders() -> None:
+    """Make the pack's model folders known to ComfyUI; safe to call more than once.
+
+    ``models/quanttune`` holds quantized UNets (so do ``models/diffusion_models`` and
+    ``models/unet``), ``models/quanttune_scales`` scale sets. Files that the save nodes write to
+    the output folder, and those that ship with the pack, are found too.
+    """
+    for folder in ("quanttune", SCALES_FOLDER):
+        for path in (os.path.join(folder_paths.models_dir, folder),
+                     os.path.join(folder_paths.get_output_directory(), folder),
+                     str(STARTER / folder)):
+            folder_paths.add_model_folder_path(folder, path)
+        folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+
+
+def unet_files() -> list[str]:
+    """Names of the files that may be quantized UNets, those in our own folder first."""
+    return _files(UNET_FOLDERS)
+
+
+def scale_files() -> list[str]:
+    """Names of the scale-set files."""
+    return _files((SCALES_FOLDER,))
+
+
+def _files(folders) -> list[str]:
+    names = []
+    for folder in folders:
+        names += [n for n in folder_paths.get_filename_list(folder)
+                  if n.endswith(".safetensors") and n not in names]
+    return names
+
+
+def unet_path(name: str) -> str:
+    """Full path of a quantized UNet by its listed name."""
+    return _find(UNET_FOLDERS, name, "models/quanttune or models/diffusion_models")
+
+
+def scales_path(name: str) -> str:
+    """Full path of a scale set by its listed name."""
+    return _find((SCALES_FOLDER,), name, "models/quanttune_scales")
+
+
+def _find(folders, name, where) -> str:
+    for folder in folders:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    raise QuantTuneError(f"The file '{name}' is not there; put it into {where} and press R to "
+                         "refresh the list.")
+
+
+def output_path(prefix: str) -> str:
+    """A new numbered .safetensors path in the output folder, as ComfyUI's own savers name them."""
+    directory = folder_paths.get_output_directory()
+    try:
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, directory)
+    except OSError as error:
+        raise QuantTuneError(
+            f"The output folder for '{prefix}' cannot be written ({error.strerror or error}); free "
+            "space or choose another name.") from error
+    except Exception as error:  # the host raises a bare Exception for a path outside its folder
+        raise QuantTuneError(
+            f"The name '{prefix}' points outside the output folder; use a plain name such as "
+            "'quanttune/my_model'.") from error
+    return os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
+
+
+def file_state(path: str) -> str:
+    """What changes when a file is replaced: its size and time of change."""
+    stat = os.stat(path)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"

@@ -1,0 +1,163 @@
+"""ComfyUI operations whose Linear and Conv2d hold packed integers and take routed scales.
+
+A model built with :class:`QuantTuneOps` keeps every other layer the host's own (``manual_cast``).
+A Linear or Conv2d may hold packed integers or floats; both apply the pair of scale vectors that
+the router (``host.routing``) put on ``active_scales`` at the start of the forward:
+``y = r_out * f(x * s_in) + b`` (TuneQDM eq. 5).
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+
+from ..quant import QuantTuneError, functional
+from .layout import QuantizedTensor, is_uniform, unwrap
+
+
+class _ScaledOp:
+    """What Linear and Conv2d share: loading, moving, patching and fetching a packed weight."""
+
+    comfy_cast_weights = True
+    active_scales = None
+
+    def _init_weights(self, device, dtype):
+        self._load_device, self._load_dtype = device, dtype
+        self.weight_function, self.bias_function = [], []
+
+    @property
+    def weight_scale(self):
+        """``s0``, float32 [out, parts], of a packed weight (eq. 2)."""
+        return self.weight._params.scale
+
+    @property
+    def weight_zero_point(self):
+        """``z``, float32 [out, parts] holding integers, of a packed weight (eq. 1)."""
+        return self.weight._params.zero_point
+
+    def reset_parameters(self):
+        return None
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs):
+        for name in ("weight", "bias"):
+            current = self._parameters.get(name)
+            value = state_dict.get(prefix + name)
+            if current is None:
+                if value is not None:
+                    unexpected_keys.append(prefix + name)
+                continue
+            if value is None:
+                missing_keys.append(prefix + name)
+                continue
+            if tuple(value.shape) != tuple(current.shape):
+                error_msgs.append(f"{prefix}{name} has shape {tuple(value.shape)}, "
+                                  f"the model expects {tuple(current.shape)}")
+                continue
+            if not isinstance(value, QuantizedTensor):
+                value = value.to(device=self._load_device, dtype=self._load_dtype)
+            elif self._load_device is not None:
+                value = value.to(device=self._load_device)
+            self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        """Weight (packed or float) and bias, and for packed weights their scale and zero-point.
+
+        The host takes a module's size from here, so everything resident is listed.
+        """
+        destination = {} if destination is None else destination
+        for name, value in self._parameters.items():
+            if value is not None:
+                destination[prefix + name] = value
+        if is_uniform(self.weight):
+            destination[prefix + "weight_scale"] = self.weight_scale
+            destination[prefix + "weight_zero_point"] = self.weight_zero_point
+        return destination
+
+    def _apply(self, fn, recurse=True):
+        for name, value in self._parameters.items():
+            if value is None:
+                continue
+            moved = fn(value)
+            if moved.is_inference() and not torch.is_inference_mode_enabled():
+                moved = moved.clone()
+            self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+        return self
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """The float weight that a patch (LoRA, merge) is added to."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Take a patched float weight from the host.
+
+        It is kept in the dtype the layer computes in rather than requantized, so that a patch
+        loses nothing; ``host.lora`` then replaces it by the integers plus the patch applied in
+        the forward, so that it does not stay in memory either.
+        """
+        weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        self._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, input, *args, **kwargs):
+        comfy.ops.run_every_op()
+        # Asking for the weight's own dtype keeps it packed unless a patch has to act on it.
+        weight, bias, offloaded = comfy.ops.cast_bias_weight(
+            self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
+            offloadable=True, compute_dtype=input.dtype)
+        if is_uniform(weight):
+            output = self._packed_forward(input, unwrap(weight), bias)
+        else:
+            output = self._float_forward(input, weight.to(input.dtype), bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
+        return output
+
+    def scale_split(self):
+        """Input channels of the first part when the packed weight has two, else None."""
+        return self.weight._params.split if is_uniform(self.weight) else None
+
+
+class QuantTuneOps(comfy.ops.manual_cast):
+    """Operations class for ``model_options['custom_operations']``."""
+
+    class Linear(_ScaledOp, torch.nn.Linear, comfy.ops.CastWeightBiasOp):
+        """Linear over packed integers or floats, with routed scales."""
+
+        def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+            torch.nn.Linear.__init__(self, in_features, out_features, bias, "meta", dtype)
+            self._init_weights(device, dtype)
+
+        def _packed_forward(self, input, weight, bias):
+            return functional.linear(input, weight, bias, self.active_scales)
+
+        def _float_forward(self, input, weight, bias):
+            return functional.scaled_linear(input, weight, bias, self.active_scales,
+                                            self.scale_split())
+
+    class Conv2d(_ScaledOp, torch.nn.Conv2d, comfy.ops.CastWeightBiasOp):
+        """Conv2d (any groups, stride, dilation; zero padding) over packed integers or floats."""
+
+        def __init__(self, *args, device=None, dtype=None, **kwargs):
+            torch.nn.Conv2d.__init__(self, *args, device="meta", dtype=dtype, **kwargs)
+            if self.padding_mode != "zeros":
+                raise QuantTuneError(
+                    f"A convolution with padding mode '{self.padding_mode}' cannot be quantized; "
+                    "use the model unquantized.")
+            self._init_weights(device, dtype)
+
+        def _conv_args(self):
+            return self.stride, self.padding, self.dilation, self.groups
+
+        def _packed_forward(self, input, weight, bias):
+            return functional.conv2d(input, weight, bias, *self._conv_args(),
+                                     scales=self.active_scales)
+
+        def _float_forward(self, input, weight, bias):
+            return functional.scaled_conv2d(input, weight, bias, *self._conv_args(),
+                                            scales=self.active_scales, split=self.scale_split())
+
+
+def scaled_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Name to module of every layer of ``module`` that can hold integers and take scales."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, _ScaledOp)}

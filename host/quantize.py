@@ -1,0 +1,172 @@
+"""MODEL in, quantized MODEL out: TuneQDM's one-time quantization inside the host."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+
+import comfy.model_management
+import torch
+from comfy.utils import ProgressBar
+
+from ..quant import (
+    QuantizedCheckpoint,
+    QuantizedWeight,
+    QuantSpec,
+    QuantTuneError,
+    UNetMetadata,
+    keep_float,
+    shortcut_splits,
+)
+from .build import ATTACHMENT, build_model, quantized_model
+from .ops import QuantTuneOps, scaled_layers
+
+PREFIX = "diffusion_model."
+
+
+def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "model",
+                   split_shortcuts: bool = True):
+    """Quantize every Linear and Conv2d of a MODEL's diffusion model except those kept in float.
+
+    Args:
+        patcher: any MODEL the host loaded whose diffusion model is built from its operations.
+        spec: bits, symmetry and range.
+        keep: a preset name or comma-separated patterns of layer names to keep (see
+            ``quant.keep_float``).
+        name: what to call the model in messages and in files made from it.
+        split_shortcuts: quantize the two inputs that meet in a UNet's shortcut convolutions apart.
+
+    Returns:
+        ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry
+        over. The source is left as it was.
+    """
+    if quantized_model(patcher) is not None:
+        raise QuantTuneError(
+            "This MODEL is quantized already; connect 'Quantize UNet' to the float model instead.")
+    source = patcher.model
+    layers_by_name = _quantizable_layers(source)
+    kept = keep_float(list(layers_by_name), keep)
+    shapes = {layer: tuple(m.weight.shape) for layer, m in layers_by_name.items()}
+    splits = shortcut_splits(shapes) if split_shortcuts else {}
+    originals = patcher.get_key_patches(PREFIX)
+
+    checkpoint = QuantizedCheckpoint(metadata=None, layers={}, floats={})
+    report = QuantizationReport()
+    progress = ProgressBar(len(layers_by_name))
+    device = comfy.model_management.get_torch_device()
+    for key, entry in originals.items():
+        local = key[len(PREFIX):]
+        weight, convert = entry[0]
+        layer = local.removesuffix(".weight")
+        if local.endswith(".weight") and layer in layers_by_name and layer not in kept:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            original = convert(weight.to(device)).float()
+            try:
+                packed = QuantizedWeight.quantize(original, spec, splits.get(layer))
+            except QuantTuneError as error:
+                raise QuantTuneError(f"Layer '{layer}' of '{name}': {error}") from error
+            report.add_layer(layer, original, packed, weight)
+            checkpoint.layers[layer] = packed.to(torch.device("cpu"))
+            progress.update(1)
+        elif weight is not None:
+            value = convert(weight).detach().to("cpu")
+            report.add_float(value)
+            checkpoint.floats[local] = value
+    checkpoint.metadata = _describe(source, checkpoint, spec, keep, name, split_shortcuts)
+
+    dtypes = (source.get_dtype(), source.manual_cast_dtype)
+    model = build_model(checkpoint, name, dtypes=dtypes)
+    for attribute in ("model_sampling", "latent_format", "model_type", "concat_keys"):
+        if hasattr(source, attribute):
+            setattr(model.model, attribute, getattr(source, attribute))
+    return _adopt(patcher, model), report
+
+
+def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
+    """Layers that become ours when the same UNet is built with our operations, by name."""
+    config = dict(source.model_config.unet_config)
+    try:
+        skeleton = type(source.diffusion_model)(**config, device="meta", operations=QuantTuneOps)
+    except TypeError as error:
+        raise QuantTuneError(
+            f"A {type(source).__name__} model cannot be quantized ({error}); use an SD1.x, SD2.x, "
+            "SDXL or another diffusion model loaded by ComfyUI's own loaders.") from error
+    layers = scaled_layers(skeleton)
+    if not layers:
+        raise QuantTuneError("This MODEL has no Linear or Conv2d layer to quantize.")
+    return layers
+
+
+def _describe(source, checkpoint, spec, keep, name, split) -> UNetMetadata:
+    config = {k: v for k, v in source.model_config.unet_config.items() if k != "dtype"}
+    try:
+        config = json.loads(json.dumps(config))
+    except TypeError as error:
+        raise QuantTuneError(
+            f"The configuration of '{name}' cannot be written to a file ({error}); this model "
+            "family is not supported yet.") from error
+    return UNetMetadata(
+        family=type(source.model_config).__name__,
+        unet_config=config,
+        model_type=source.model_type.name,
+        sampling_settings=copy.deepcopy(source.model_config.sampling_settings),
+        provenance={"source": name, "bits": spec.bits, "symmetric": spec.symmetric,
+                    "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
+                    "split_shortcuts": split},
+    )
+
+
+def _adopt(source_patcher, built):
+    """A clone of ``source_patcher`` (its patches, wrappers, options) over the ``built`` model."""
+    clone = source_patcher.clone(model_override=built.get_clone_model_override())
+    clone.size = 0
+    clone.parent = None
+    clone.clone_base_uuid = uuid.uuid4()
+    clone.cached_patcher_init = built.cached_patcher_init
+    clone.set_attachments(ATTACHMENT, quantized_model(built))
+    for call_type, by_key in built.callbacks.items():
+        for key, callbacks in by_key.items():
+            clone.remove_callbacks_with_key(call_type, key)
+            for callback in callbacks:
+                clone.add_callback_with_key(call_type, key, callback)
+    return clone
+
+
+class QuantizationReport:
+    """Sizes before and after and the weight error, gathered layer by layer."""
+
+    def __init__(self):
+        self.layers, self.bytes_before, self.bytes_after, self.float_bytes = 0, 0, 0, 0
+        self.squared_error, self.squared_norm = 0.0, 0.0
+        self.worst = ("", 0.0)
+
+    def add_layer(self, name, original, packed, stored):
+        """Count one quantized layer: float ``original``, its ``packed`` form, ``stored`` tensor."""
+        error = float((packed.dequantize() - original).square().sum())
+        norm = float(original.square().sum())
+        self.layers += 1
+        self.bytes_before += stored.nbytes
+        self.bytes_after += packed.nbytes
+        self.squared_error += error
+        self.squared_norm += norm
+        relative = (error / norm) ** 0.5 if norm else 0.0
+        if relative >= self.worst[1]:
+            self.worst = (name, relative)
+
+    def add_float(self, value):
+        """Count a tensor that stays in float."""
+        self.float_bytes += value.nbytes
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the change of all quantized weights over that of the weights."""
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+    def __str__(self):
+        before, after = self.bytes_before + self.float_bytes, self.bytes_after + self.float_bytes
+        return (f"{self.layers} layers quantized, {self.float_bytes / 2**20:.2f} MiB kept in float\n"
+                f"Size {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB "
+                f"({after / max(before, 1):.2f} x)\n"
+                f"Weight error {100 * self.relative_error:.2f} % (largest {100 * self.worst[1]:.2f} "
+                f"% in {self.worst[0]})")

@@ -1,0 +1,20 @@
+"""The nodes: each a schema and one call into ``host``."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host.folders import register_folders
+from .checkpoint import LoadQuantizedUNet, SaveQuantizedUNet
+from .quantize import QuantizeUNet
+from .scales import ApplyScales, LoadScales, SaveScales
+from .starter import LoadStarterModel
+
+
+class QuantTuneExtension(ComfyExtension):
+    """Everything ComfyUI shows under the category QuantTune."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
+                LoadScales, SaveScales]

@@ -1,0 +1,66 @@
+"""Load Quantized UNet and Save Quantized UNet."""
+
+from comfy_api.latest import io, ui
+
+from ..host import folders
+from ..host.build import load_model
+from ..host.save import save_model
+
+
+class LoadQuantizedUNet(io.ComfyNode):
+    """A file of ours to MODEL."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuantTuneLoadQuantizedUNet",
+            display_name="Load Quantized UNet",
+            category="QuantTune/loaders",
+            description="Loads a UNet that 'Save Quantized UNet' wrote. The integers stay packed "
+                        "in memory: a 4-bit SD1.5 UNet takes about 0.4 GB.",
+            search_aliases=["unet loader", "int4", "int8"],
+            inputs=[
+                io.Combo.Input("unet_name", options=folders.unet_files(),
+                               tooltip="A file from models/quanttune, models/diffusion_models or "
+                                       "models/unet."),
+            ],
+            outputs=[io.Model.Output("model", display_name="MODEL",
+                                     tooltip="The quantized model.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name):
+        return folders.file_state(folders.unet_path(unet_name))
+
+    @classmethod
+    def execute(cls, unet_name) -> io.NodeOutput:
+        return io.NodeOutput(load_model(folders.unet_path(unet_name), unet_name))
+
+
+class SaveQuantizedUNet(io.ComfyNode):
+    """Quantized MODEL to a file."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuantTuneSaveQuantizedUNet",
+            display_name="Save Quantized UNet",
+            category="QuantTune/savers",
+            description="Writes a quantized model to one safetensors file that 'Load Quantized "
+                        "UNet' reads. Scales and LoRAs applied to it are not part of the file.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A model from 'Quantize UNet'."),
+                io.String.Input("filename_prefix", default="quanttune/model",
+                                tooltip="Name of the file in the output folder; a number is "
+                                        "added. Names under quanttune/ appear in 'Load Quantized "
+                                        "UNet'."),
+            ],
+            outputs=[io.String.Output("path", display_name="path",
+                                      tooltip="Where the file was written.")],
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        path, summary = save_model(model, filename_prefix)
+        return io.NodeOutput(path, ui=ui.PreviewText(summary))
