@@ -202,15 +202,20 @@ class Client:
             else:
                 yield {"type": "preview", "data": {"bytes": message}}
 
-    def history(self, prompt_id: str) -> dict[str, Any]:
-        """The entry of one finished graph: `outputs` by node id, `status`, …"""
-        # The server tells of the end a moment before it writes the entry.
-        for _ in range(100):
+    def wait(self, prompt_id: str, timeout: float = 300.0) -> dict[str, Any]:
+        """Wait for the end of a graph that somebody else queued; returns its history entry."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
             found = self.get(f"/history/{prompt_id}")
             if prompt_id in found:
                 return found[prompt_id]
             time.sleep(0.1)
-        raise RunFailed(f"the server has no history of the run {prompt_id}")
+        raise TimeoutError(f"the run {prompt_id} did not end within {timeout:.0f} s")
+
+    def history(self, prompt_id: str) -> dict[str, Any]:
+        """The entry of one finished graph: `outputs` by node id, `status`, …"""
+        # The server tells of the end a moment before it writes the entry.
+        return self.wait(prompt_id, 10.0)
 
     def image(self, entry: dict[str, str]) -> bytes:
         """The bytes of one picture, given its entry {"filename", "subfolder", "type"}."""

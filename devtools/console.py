@@ -57,7 +57,8 @@ _CAUSES: Sequence[tuple[str, str]] = (
     ),
     (
         r"dns error|name resolution|getaddrinfo|[Cc]onnection refused|tcp connect"
-        r"|NewConnectionError|Max retries|[Tt]imed out|ConnectTimeout|Network is unreachable|Failed to fetch"
+        r"|NewConnectionError|Max retries|[Tt]imed out|ConnectTimeout|Failed to fetch"
+        r"|Network is unreachable"
         r"|error sending request|Connection reset|CERTIFICATE_VERIFY|invalid peer certificate"
         r"|IncompleteRead|ProxyError",
         "the package index could not be reached: check the network, the proxy or the index you "

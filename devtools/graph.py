@@ -128,7 +128,7 @@ class _Links:
                 self.links[link[0]] = (link[1], link[2])
 
     def resolve(self, slot: dict) -> tuple[str, Any]:
-        """The far end of an input: ("node", [id, slot]), ("value", v), or ("", None) for nothing."""
+        """The far end of an input: ("node", [id, slot]), ("value", v), or ("", None)."""
         while slot.get("link") is not None and slot["link"] in self.links:
             origin_id, origin_slot = self.links[slot["link"]]
             origin = self.nodes.get(origin_id)

@@ -139,9 +139,6 @@ def demo(env: Environment) -> int:
 
 def test(env: Environment, arguments: Sequence[str]) -> int:
     """Run pytest; returns its exit status."""
-    variables = env.variables()
-    # Keeps the checkout itself off sys.path, where its `nodes` would hide the host's.
-    variables["PYTHONSAFEPATH"] = "1"
     command = [
         str(env.python),
         "-m",
@@ -151,7 +148,7 @@ def test(env: Environment, arguments: Sequence[str]) -> int:
         "-c",
         str(ROOT / "pyproject.toml"),
     ]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=variables).returncode
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=env.variables()).returncode
 
 
 def serve(env: Environment, port: int | None, cpu: bool | None, arguments: Sequence[str]) -> int:

@@ -1,0 +1,43 @@
+"""Set up every test: where the host and the pack are imported from, and the shared fixtures.
+
+The order on `sys.path` matters: the checkout itself must not be there, because its `nodes` package
+would hide the host's `nodes` module. Tests import the pack as `quanttune`, and helpers beside them
+as `quanttune.tests.…`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = Path(os.environ.get("QUANTTUNE_HOST") or ROOT / ".dev" / "ComfyUI")
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
+if str(ROOT / ".dev" / "site") not in sys.path:
+    sys.path.insert(0, str(ROOT / ".dev" / "site"))
+if HOST.is_dir() and str(HOST) not in sys.path:
+    sys.path.append(str(HOST))
+
+settings.register_profile(
+    "quanttune",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("quanttune")
+
+pytest_plugins = [
+    "quanttune.tests.harness.inprocess",
+    "quanttune.tests.harness.server",
+    "quanttune.tests.harness.browser",
+]
+
+
+def pytest_configure():
+    """Keep the host off the GPU before any test module imports it."""
+    if HOST.is_dir():
+        from comfy.cli_args import args
+
+        args.cpu = True

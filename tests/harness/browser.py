@@ -1,0 +1,35 @@
+"""The real frontend in a headless Chromium, opened on the test run's server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quanttune.devtools.frontend import Frontend, browser, find_chromium, open_page
+
+ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"
+
+
+@pytest.fixture(scope="session")
+def browser_context() -> Iterator[Any]:
+    """One Chromium for all browser tests; missing is a failure under CI, else a skip."""
+    if find_chromium() is None:
+        reason = "no Chromium found: install it, or name it in QUANTTUNE_CHROMIUM"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with browser() as context:
+        yield context
+
+
+@pytest.fixture
+def frontend_page(browser_context, comfy_server) -> Iterator[Frontend]:
+    """A new tab with the frontend ready: `load`, `unknown_types`, `graph_to_prompt`, `queue`, …"""
+    page = open_page(browser_context, comfy_server.client.url)
+    try:
+        yield page
+    finally:
+        page.page.close()
