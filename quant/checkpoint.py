@@ -286,7 +286,9 @@ def _read_layer(path: str, name: str, facts: Any, tensors: dict[str, Tensor]) ->
         raise wrong("a scale is NaN, infinite or not above 0")
     low, high = (float(v) for v in torch.aminmax(zero_point))
     # A base quantized elsewhere may have zero points outside of 0 .. 2**bits - 1.
-    if not (math.isfinite(low) and math.isfinite(high)) or bool((zero_point != zero_point.round()).any()):
+    if not (math.isfinite(low) and math.isfinite(high)) or bool(
+        (zero_point != zero_point.round()).any()
+    ):
         raise wrong("a zero point is not a whole number")
     return QuantizedWeight(packed, scale, zero_point, bits, tuple(shape), split, facts["symmetric"])
 

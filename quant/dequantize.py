@@ -18,7 +18,9 @@ BLOCK_CODES = 128 * 1024
 """Codes worked on at once by the CPU path: 512 KiB of float32, a quarter of a usual L2 cache."""
 
 _SCRATCH = ScratchPool()
-_SHIFTS = {width: torch.arange(0, 8, width, dtype=torch.uint8)[:, None] for width in (1, 2, 4)}
+_SHIFTS = {
+    width: torch.arange(0, 8, width, dtype=torch.uint8)[:, None, None] for width in (1, 2, 4)
+}
 
 
 def dequantize_into(
@@ -107,42 +109,75 @@ def _fill_blocks(
     rows = out.shape[0]
     flat = out.view(rows, -1)
     fold = rows // packed.shape[0]
-    codes_per_row = fold * flat.shape[1]
-    step = min(packed.shape[0], max(1, BLOCK_CODES // codes_per_row))
-    codes = _SCRATCH.get((step, codes_per_row), torch.uint8)
-    bits3 = torch.empty_like(codes) if bits == 3 else None
-    halves = None
-    if out.dtype != torch.float32:
-        halves = _SCRATCH.get((step * fold, flat.shape[1]), torch.float32)
-    for start in range(0, packed.shape[0], step):
-        count = min(step, packed.shape[0] - start)
-        block = slice(start * fold, (start + count) * fold)
-        source = packed[start : start + count]
-        values = flat[block] if halves is None else halves[: count * fold]
-        if bits != 8:
-            source = _unpack_block(source, codes[:count], bits, bits3)
-        values.view(count, codes_per_row).copy_(source)
-        _affine(values, scale[block], zero_point[block], parts)
+    step = min(packed.shape[0], max(1, BLOCK_CODES // (fold * flat.shape[1])))
+    # Bytes are four times cheaper to subtract than floats, where a byte can hold the difference.
+    early = bits != 8 and fold == 1 and len(parts) == 1
+    zeros = zero_point.to(torch.int8) if early else zero_point
+    blocks = zip(
+        packed.split(step),
+        flat.split(step * fold),
+        scale.split(step * fold),
+        zeros.split(step * fold),
+    )
+    work = None
+    for index, (source, target, block_scale, block_zero) in enumerate(blocks):
+        if work is None or work.height != source.shape[0]:
+            work = _Workspace(source, target, bits)
+        values = target if work.values is None else work.values
+        codes = work.unpack(source)
+        if early:
+            codes.sub_(block_zero)
+        values.view(codes.shape[1], codes.shape[0], -1).copy_(codes.transpose(0, 1))
+        if early:
+            values.mul_(block_scale)
+        else:
+            _affine(values, block_scale, block_zero, parts)
         if column_scale is not None:
-            _scale_columns(values, column_scale, block, rows)
-        if halves is not None:
-            flat[block].copy_(values)
+            start = index * step * fold
+            _scale_columns(values, column_scale, slice(start, start + target.shape[0]), rows)
+        if values is not target:
+            target.copy_(values)
     return out
 
 
-def _unpack_block(packed: Tensor, codes: Tensor, bits: int, spare: Tensor | None) -> Tensor:
-    """Unpack some folded rows into ``codes`` ``[n, C]`` uint8, all planes at once."""
-    count = codes.shape[1]
-    if bits == 3:
-        high = packed[:, count // 4 :]
-        packed = packed[:, : count // 4]
-    width = 2 if bits == 3 else bits
-    torch.bitwise_right_shift(
-        packed.unsqueeze(1), _SHIFTS[width], out=codes.unflatten(1, (8 // width, -1))
-    )
-    codes.bitwise_and_(2**width - 1)
-    if bits == 3:
-        tops = spare[: codes.shape[0]]
-        torch.bitwise_right_shift(high.unsqueeze(1), _SHIFTS[1], out=tops.unflatten(1, (8, -1)))
-        codes.add_(tops.bitwise_and_(1), alpha=4)
-    return codes
+class _Workspace:
+    """Scratch tensors for blocks of one height, made once because making views costs time too.
+
+    Codes are unpacked plane-major, ``[planes, n, codes / planes]``, so that each step is one long
+    contiguous operation however short the rows are.
+    """
+
+    def __init__(self, source: Tensor, target: Tensor, bits: int) -> None:
+        self.bits = bits
+        self.height, width = source.shape
+        self.values = None
+        if target.dtype != torch.float32:
+            self.values = _SCRATCH.get(target.shape, torch.float32)
+        if bits == 3:
+            run = width // 3
+            both = _SCRATCH.get((2, 8 * self.height * run), torch.uint8)
+            self.planes = both[0].view(4, self.height, 2 * run)
+            self.tops = both[1].view(8, self.height, run)
+            # Each plane of low bits spans two planes of top bits.
+            self.spans = self.planes.view(4, self.height, 2, run)
+            self.top_spans = self.tops.view(4, 2, self.height, run).transpose(1, 2)
+        elif bits != 8:
+            self.planes = _SCRATCH.get((8 // bits, self.height, width), torch.uint8)
+        if bits != 8:
+            self.signed = self.planes.view(torch.int8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The codes of some folded rows, int8 (uint8 for 8 bits), valid until the next call."""
+        if self.bits == 8:
+            return packed.unsqueeze(0)
+        if self.bits != 3:
+            torch.bitwise_right_shift(packed, _SHIFTS[self.bits], out=self.planes)
+            self.planes.bitwise_and_(2**self.bits - 1)
+            return self.signed
+        border = packed.shape[1] * 2 // 3
+        torch.bitwise_right_shift(packed[:, :border], _SHIFTS[2], out=self.planes)
+        torch.bitwise_right_shift(packed[:, border:], _SHIFTS[1], out=self.tops)
+        self.planes.bitwise_and_(3)
+        self.tops.bitwise_and_(1)
+        self.spans.add_(self.top_spans, alpha=4)
+        return self.signed

@@ -1,0 +1,1 @@
+"""Measurements: ``python dev.py bench NAME`` runs ``benchmarks/NAME.py``."""
