@@ -31,16 +31,23 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-_READY = (
-    "() => window.app && window.LiteGraph && window.app.extensionManager && window.app.rootGraph"
-)
+# The page opens an empty workflow by itself; before that is there, ours would be replaced by it.
+_READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.vueAppReady"
+# No welcome window over the graph, no workflow left over from another tab.
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Minimap.Visible": False,
+}
 # Requests to the internet are cut off on purpose, so their failures are not the page's.
 _NOT_OURS = (
     "net::ERR_",
     "Failed to load resource",
     "Failed to fetch",
-    "ERR_FAILED",
     "Network Error",
+    "Content Security Policy",
+    # Every start of this frontend says so, with no workflow and no pack.
+    "ComfyApp graph accessed before initialization",
 )
 
 
@@ -65,11 +72,9 @@ class Frontend:
         self.errors: list[str] = []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self._note(str(error)))
+        page.request.post(f"{url}/settings", data=_SETTINGS)
         page.goto(url, wait_until="domcontentloaded")
         page.wait_for_function(_READY, timeout=120_000)
-        # The page opens its last or its default workflow by itself: let it finish first.
-        page.wait_for_function("() => window.app.rootGraph.nodes !== undefined", timeout=60_000)
-        page.wait_for_load_state("load")
 
     def _on_console(self, message: Any) -> None:
         if message.type == "error":
@@ -119,13 +124,7 @@ class Frontend:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fit:
             self.page.evaluate(
-                """async () => {
-                    const c = window.app.canvas;
-                    c.ds.fitToBounds?.(window.app.rootGraph.nodes.length
-                        ? window.LiteGraph.createBounds?.(window.app.rootGraph.nodes)
-                          ?? c.graph.nodes[0].boundingRect : [0, 0, 1, 1]);
-                    c.setDirty(true, true);
-                }"""
+                "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
             )
         self.page.wait_for_timeout(500)
         self.page.screenshot(path=str(path))

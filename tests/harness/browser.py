@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from quanttune.devtools.frontend import Frontend, browser, find_chromium, open_page
 
 ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from quanttune.devtools.client import Client, Event, Graph, images_of
 from quanttune.devtools.environment import DEV, Environment
 from quanttune.devtools.host_process import HostProcess

@@ -1,6 +1,7 @@
 """The harness itself, on stock nodes: what it tells of a run, of a failure and of an interrupt."""
 
 import pytest
+
 from quanttune.devtools.client import RunFailed
 from quanttune.devtools.graph import to_api
 from quanttune.tests.harness.browser import ARTIFACTS

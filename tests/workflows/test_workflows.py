@@ -1,0 +1,62 @@
+"""Every shipped workflow, opened in the real frontend and run from there to its pictures.
+
+No workflow at all is a failure: the pack's templates are part of what it promises.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quanttune.devtools.graph import to_api
+from quanttune.tests.harness.browser import ARTIFACTS
+from quanttune.tests.harness.server import check_pictures
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+each_workflow = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+PICTURE_NODES = ("SaveImage", "PreviewImage")
+
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_there_are_workflows():
+    assert FILES, f"{FOLDER} holds no workflow"
+
+
+@each_workflow
+def test_every_workflow_has_a_thumbnail(path):
+    assert path.with_suffix(".jpg").is_file(), "a template shows a picture of the same name"
+
+
+@each_workflow
+def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_server):
+    frontend_page.load(read(path))
+    unknown = frontend_page.unknown_types()
+    assert not unknown, f"node types the frontend does not know: {unknown}"
+    graph = frontend_page.graph_to_prompt()["output"]
+    frontend_page.screenshot(ARTIFACTS / f"{path.stem}.png")
+    history = comfy_server.client.wait(frontend_page.queue(), timeout=900)
+    status = history["status"]
+    assert status["status_str"] == "success", status["messages"][-1]
+    expected = [node for node, entry in graph.items() if entry["class_type"] in PICTURE_NODES]
+    assert expected, "a shipped workflow ends in a picture"
+    check_pictures(comfy_server.pictures(history), expected)
+    frontend_page.screenshot(ARTIFACTS / f"{path.stem}-done.png")
+    assert frontend_page.errors == []
+
+
+@each_workflow
+def test_conversion_without_a_browser_gives_the_same_graph(path, frontend_page, comfy_server):
+    workflow = read(path)
+    frontend_page.load(workflow)
+    expected = frontend_page.graph_to_prompt()["output"]
+    converted = to_api(workflow, comfy_server.client.object_info())
+    assert converted.keys() == expected.keys()
+    for node, entry in expected.items():
+        assert converted[node]["class_type"] == entry["class_type"]
+        assert converted[node]["inputs"] == entry["inputs"]
