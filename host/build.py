@@ -82,6 +82,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: boo
             f"({error}); quantize the original model again with this version.") from error
     _fill(model.diffusion_model, state, name)
     reset_before_forward(model.diffusion_model)
+    model.state_dict_for_saving = _refuse_stock_save
 
     patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic
                      else comfy.model_patcher.CoreModelPatcher)
@@ -117,6 +118,12 @@ def _choose_dtypes(checkpoint, config, load_device):
     dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported,
                                               weight_dtype=stored)
     return dtype, comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+
+
+def _refuse_stock_save(*args, **kwargs):
+    """Stand-in for the host's own saving, which would write integers under the names of floats."""
+    raise QuantTuneError("This node writes float weights only; use 'Save Quantized UNet' for a "
+                         "quantized model.")
 
 
 def _fill(unet: torch.nn.Module, state: dict, name: str) -> None:

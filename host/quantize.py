@@ -99,7 +99,10 @@ def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
 
 
 def _describe(source, checkpoint, spec, keep, name, split) -> UNetMetadata:
-    config = {k: v for k, v in source.model_config.unet_config.items() if k != "dtype"}
+    # The dtype is chosen anew where the file is loaded; other dtypes are the family's own, which
+    # it sets again itself.
+    config = {k: v for k, v in source.model_config.unet_config.items()
+              if not isinstance(v, torch.dtype)}
     try:
         config = json.loads(json.dumps(config))
     except TypeError as error:
