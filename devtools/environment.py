@@ -18,6 +18,7 @@ from pathlib import Path
 
 from . import host_source
 from .console import Stop, clean_environment, run_logged, say
+from .lock import only_one
 
 ROOT = Path(__file__).resolve().parent.parent
 DEV = ROOT / ".dev"
@@ -275,9 +276,8 @@ def _check_own_python(python: Path, modules: Sequence[str]) -> None:
     )
     done = subprocess.run([str(python), "-c", code, *modules], capture_output=True, text=True)
     if done.returncode:
-        raise Stop(
-            f"{python} does not run: {done.stderr.strip().splitlines()[-1:] or 'no output'}."
-        )
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise Stop(f"The Python of your ComfyUI, {python}, does not run: {last}.")
     missing = done.stdout.split()
     if missing:
         files = "-r requirements.txt" + (" -r requirements-dev.txt" if "pytest" in modules else "")
@@ -285,6 +285,28 @@ def _check_own_python(python: Path, modules: Sequence[str]) -> None:
             f"The environment of your ComfyUI lacks {', '.join(missing)}: in {ROOT} run "
             f"`{python} -m pip install {files}`, then the same command again."
         )
+
+
+def _prepare(own: Path | None, tests: bool) -> Environment:
+    site = DEV / "site"
+    link_folder(site / "quanttune", ROOT)
+    log = DEV / "log" / "setup.log"
+    python = _own_python(own) if own else None
+    managed = python is None
+    if own and python:
+        host = own
+        extra = ("pytest", "hypothesis", "pytest_timeout", "playwright") if tests else ()
+        _check_own_python(python, ("torch", "aiohttp", "safetensors", "numpy", "PIL", *extra))
+    else:
+        tag = "" if own is None else "-" + digest(str(own))[:8]
+        venv = DEV / f"venv{tag}"
+        python = _ensure_venv(venv, log)
+        host = own or host_source.ensure(DEV, python, log)
+        _install(venv, host, python, log)
+        _write_pth(python, site)
+    if ROOT.parent != host / "custom_nodes":
+        link_folder(host / "custom_nodes" / PACK_NAME, ROOT)
+    return Environment(host, python, site, managed)
 
 
 def prepare(comfyui: str | None = None, *, tests: bool = False) -> Environment:
@@ -303,27 +325,10 @@ def prepare(comfyui: str | None = None, *, tests: bool = False) -> Environment:
     own = find_host(comfyui)
     try:
         DEV.mkdir(exist_ok=True)
-        site = DEV / "site"
-        link_folder(site / "quanttune", ROOT)
-        log = DEV / "log" / "setup.log"
-        python = _own_python(own) if own else None
-        managed = python is None
-        if own and python:
-            host = own
-            extra = ("pytest", "hypothesis", "pytest_timeout", "playwright") if tests else ()
-            _check_own_python(python, ("torch", "aiohttp", "safetensors", "numpy", "PIL", *extra))
-        else:
-            tag = "" if own is None else "-" + digest(str(own))[:8]
-            venv = DEV / f"venv{tag}"
-            python = _ensure_venv(venv, log)
-            host = own or host_source.ensure(DEV, python, log)
-            _install(venv, host, python, log)
-            _write_pth(python, site)
-        if ROOT.parent != host / "custom_nodes":
-            link_folder(host / "custom_nodes" / PACK_NAME, ROOT)
+        with only_one(DEV / "lock"):
+            return _prepare(own, tests)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Stop(
             f"The set-up could not write its files: {error.strerror or error}{where}."
         ) from error
-    return Environment(host, python, site, managed)

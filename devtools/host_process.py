@@ -17,7 +17,7 @@ from .client import Client
 from .console import Progress, Stop
 from .environment import DEV, PACK_NAME, ROOT, Environment, link_folder
 
-FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
+FOLDERS = ("output", "temp", "user", "input", "models", "custom_nodes")
 
 
 def free_port() -> int:
@@ -54,7 +54,7 @@ class HostProcess:
 
     Attributes:
         client: talks to it.
-        folder: where its input, output, temp and user folders are.
+        folder: where its output, temp and user folders are.
         log: file with everything it printed.
     """
 
@@ -71,7 +71,7 @@ class HostProcess:
         """Start the process; `wait` until it answers before using `client`.
 
         Args:
-            folder: receives input, output, temp and user; isolated hosts have their models and
+            folder: receives output, temp and user; isolated hosts have their input, models and
                 custom_nodes there too (the pack alone), others use those of the ComfyUI.
             cpu: keep away from the GPU.
             port: a free one when None.
@@ -81,7 +81,7 @@ class HostProcess:
         self.port = port or free_port()
         self.client = Client("127.0.0.1", self.port)
         self.log = folder / "comfyui.log"
-        for name in FOLDERS if isolated else FOLDERS[:4]:
+        for name in FOLDERS if isolated else FOLDERS[:3]:
             (folder / name).mkdir(parents=True, exist_ok=True)
         if isolated:
             link_folder(folder / "custom_nodes" / PACK_NAME, ROOT)
@@ -95,7 +95,7 @@ class HostProcess:
         if isolated:
             command += ["--base-directory", str(folder)]
         else:
-            for name in ("input", "output", "user"):
+            for name in ("output", "user"):
                 command += [f"--{name}-directory", str(folder / name)]
             # The host makes a folder "temp" inside the one it is given.
             command += ["--temp-directory", str(folder)]

@@ -82,7 +82,13 @@ def _to_graph(host: HostProcess, workflow: dict[str, Any], info: dict[str, Any])
 
 
 def run_workflow(
-    env: Environment, file: Path, settings: Sequence[str], out: Path, *, cpu: bool | None = None
+    env: Environment,
+    file: Path,
+    settings: Sequence[str],
+    out: Path,
+    *,
+    cpu: bool | None = None,
+    replace: bool = False,
 ) -> list[Path]:
     """Run one workflow in a real ComfyUI without a window; returns the pictures, copied to `out`.
 
@@ -90,6 +96,7 @@ def run_workflow(
         file: a workflow as the GUI saves or exports it.
         settings: "node.input=value" each.
         cpu: None uses the GPU when torch sees one.
+        replace: overwrite pictures of the same name; otherwise they get a number.
 
     Raises `Stop` with one sentence when anything fails.
     """
@@ -119,7 +126,7 @@ def run_workflow(
         paths = []
         for entries in images_of(history).values():
             for entry in entries:
-                path = out / Path(entry["filename"]).name
+                path = _unused(out / Path(entry["filename"]).name, replace)
                 path.write_bytes(host.client.image(entry))
                 paths.append(path)
     say(f"  {len(paths)} picture{'s' * (len(paths) != 1)} in {time.monotonic() - started:.0f} s:")
@@ -132,7 +139,7 @@ def demo(env: Environment) -> int:
     """Run the pack's main job on the CPU and leave its pictures in `demo-output/`."""
     if not DEMO.is_file():
         raise Stop(f"The demo's workflow {DEMO.relative_to(ROOT)} is missing from this checkout.")
-    if not run_workflow(env, DEMO, (), DEMO_OUTPUT, cpu=True):
+    if not run_workflow(env, DEMO, (), DEMO_OUTPUT, cpu=True, replace=True):
         raise Stop("The demo ran but left no picture.")
     return 0
 
@@ -213,5 +220,6 @@ def clean() -> int:
     return 0
 
 
-def _unused(path: Path) -> Path:
-    return next(p for n in range(1000) if not (p := Path(f"{path}{f'-{n}' if n else ''}")).exists())
+def _unused(path: Path, replace: bool = False) -> Path:
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, 10_000))
+    return path if replace or not path.exists() else next(p for p in names if not p.exists())
