@@ -99,6 +99,13 @@ def _prompt_text(text: str) -> str:
     return text.replace("\\{", "{").replace("\\}", "}")
 
 
+def _serialized(value: Any, spec: list) -> Any:
+    """A widget's value as a graph carries it: a bare list would be taken for a link."""
+    if isinstance(value, str) and _options(spec).get("dynamicPrompts"):
+        value = _prompt_text(value)
+    return {"__value__": value} if isinstance(value, list) else value
+
+
 def _widget_values(node: dict, info: dict[str, Any]) -> dict[str, Any]:
     stored = node.get("widgets_values") or []
     result = {}
@@ -109,9 +116,7 @@ def _widget_values(node: dict, info: dict[str, Any]) -> dict[str, Any]:
             value = stored.get(name, _default(spec))
         else:
             value = stored[index] if index < len(stored) else _default(spec)
-        if isinstance(value, str) and _options(spec).get("dynamicPrompts"):
-            value = _prompt_text(value)
-        result[name] = {"__value__": value} if isinstance(value, list) else value
+        result[name] = _serialized(value, spec)
     return result
 
 
@@ -179,11 +184,14 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
             unknown.append(kind)
             continue
         info = object_info[kind]
+        specs = _specs(info)
         inputs = _widget_values(node, info)
         for slot in node.get("inputs") or ():
             what, value = links.resolve(slot)
             if what:
-                inputs[slot["name"]] = value
+                spec = specs.get(slot["name"])
+                by_value = what == "value" and spec is not None
+                inputs[slot["name"]] = _serialized(value, spec) if by_value else value
         title = node.get("title") or info.get("display_name") or kind
         graph[str(node["id"])] = {"inputs": inputs, "class_type": kind, "_meta": {"title": title}}
     if unknown:
