@@ -19,6 +19,8 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from quanttune.benchmarks._ddpm_unet import CIFAR10, DDPMUNet
 from quanttune.quant import (
     ScaleSet,
@@ -28,7 +30,6 @@ from quanttune.quant import (
     scale_shapes,
     shortcut_splits,
 )
-from torch import nn
 
 GIB = 2**30
 MB = 10**6
@@ -88,7 +89,7 @@ class Counts:
         return self.params * bits / 8 / GIB
 
     def stored_gib(self, bits: int) -> float:
-        """What our format stores, in GiB: packed codes, scales, zero points, float16 for the rest."""
+        """What our format stores, in GiB: codes, scales, zero points, and the rest in float16."""
         total, weights = 0, 0
         for name, module in self.layers.items():
             shape = module.weight.shape

@@ -111,7 +111,7 @@ def _fill_blocks(
     fold = rows // packed.shape[0]
     step = min(packed.shape[0], max(1, BLOCK_CODES // (fold * flat.shape[1])))
     # Bytes are four times cheaper to subtract than floats, where a byte can hold the difference.
-    early = bits != 8 and fold == 1 and len(parts) == 1
+    early = bits != 8 and fold == 1 and len(parts) == 1 and _fits_int8(zero_point)
     zeros = zero_point.to(torch.int8) if early else zero_point
     blocks = zip(
         packed.split(step),
@@ -138,6 +138,12 @@ def _fill_blocks(
         if values is not target:
             target.copy_(values)
     return out
+
+
+def _fits_int8(zero_point: Tensor) -> bool:
+    """Whether ``q - zero_point`` fits int8 for every 4-bit ``q``; imported bases may not."""
+    low, high = torch.aminmax(zero_point)
+    return -112 <= float(low) and float(high) <= 127
 
 
 class _Workspace:

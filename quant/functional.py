@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -121,20 +121,33 @@ def apply_scales(
     if s_in is not None:
         x = _multiply(x, _per_sample(s_in, x, channel_dim))
     if split is None:
-        y = product(x, weight, None)
-        y = _multiply(y, _per_sample(r_out, y, channel_dim), in_place=True)
+        return _combine([product(x, weight, None)], [r_out], bias, channel_dim)
+    xs = x.split([split, x.shape[channel_dim] - split], dim=channel_dim)
+    ys = [product(xs[0], weight[:, :split], None), product(xs[1], weight[:, split:], None)]
+    return _combine(ys, r_out.chunk(2, dim=1), bias, channel_dim)
+
+
+def _combine(
+    ys: Sequence[Tensor], rows: Sequence[Tensor], bias: Tensor | None, channel_dim: int
+) -> Tensor:
+    """``sum_p y_p * r_p + bias``, overwriting the ``y_p`` when autograd is off.
+
+    In half precision ``y * (r - 1) + bias`` is added to ``y``: a product with an ``r`` that is
+    closer to 1 than half a rounding step would give ``y`` back unchanged.
+    """
+    factors = [_per_sample(r, y, channel_dim) for y, r in zip(ys, rows)]
+    if ys[0].dtype == factors[0].dtype:
+        terms = [y * f if torch.is_grad_enabled() else y.mul_(f) for y, f in zip(ys, factors)]
     else:
-        xs = x.split([split, x.shape[channel_dim] - split], dim=channel_dim)
-        ys = [product(xs[0], weight[:, :split], None), product(xs[1], weight[:, split:], None)]
-        first, second = (
-            _multiply(y, _per_sample(r, y, channel_dim), in_place=True)
-            for y, r in zip(ys, r_out.chunk(2, dim=1))
-        )
-        y = first + second if torch.is_grad_enabled() else first.add_(second)
-    if bias is None:
-        return y
-    bias = bias.to(y.dtype).view(-1, *[1] * (-channel_dim - 1))
-    return y + bias if torch.is_grad_enabled() else y.add_(bias)
+        terms = [y * (f - 1).to(y.dtype) for y, f in zip(ys, factors)]
+    if bias is not None:
+        terms.append(bias.to(ys[0].dtype).view(-1, *[1] * (-channel_dim - 1)))
+    if ys[0].dtype != factors[0].dtype:
+        terms.extend(ys)
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term if torch.is_grad_enabled() else total.add_(term)
+    return total
 
 
 def _quantized(
@@ -158,11 +171,13 @@ def _quantized(
         if scales.rows == 1 and not _wants_grad(scales.r_out, scales.s_in):
             # One expert for all samples: the output scale costs nothing next to the quantizer's.
             r_out = scales.r_out.view(qweight.parts, -1).t()
+            # Half precision would round away a small change of the activations, but the weight is
+            # scaled in float32.
             if scales.s_in is not None:
-                if qweight.numel <= x.numel():
+                if qweight.numel <= x.numel() or x.dtype != scales.s_in.dtype:
                     s_in = scales.s_in[0]
                 else:
-                    x = _multiply(x, _per_sample(scales.s_in, x, channel_dim))
+                    x = x * _per_sample(scales.s_in, x, channel_dim)
             scales = None
     weight = dequantize_weight(qweight, x, scales, r_out, s_in)
     bias = None if bias is None else bias.to(x.dtype)
@@ -240,17 +255,12 @@ def _per_sample(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
     return rows.view(batch, *middle, -1, *trailing)
 
 
-def _multiply(x: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
-    """``x * factor`` in the dtype of ``x``, without rounding a factor near 1 to half precision.
+def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor`` in the dtype of ``x``, without rounding the factor to half precision.
 
     Half precision holds ``factor - 1`` to 8 bits or better where it would lose most of ``factor``,
     and the fused multiply-add works in float32 inside.
     """
     if x.dtype == factor.dtype:
-        if in_place and not torch.is_grad_enabled():
-            return x.mul_(factor)
         return x * factor
-    delta = (factor - 1).to(x.dtype)
-    if in_place and not torch.is_grad_enabled():
-        return x.addcmul_(x, delta)
-    return torch.addcmul(x, x, delta)
+    return torch.addcmul(x, x, (factor - 1).to(x.dtype))

@@ -70,7 +70,9 @@ def expert_index(timestep: int | float | Tensor, num_experts: int, num_timesteps
         wide = torch.float32 if timestep.device.type == "mps" else torch.float64
         index = (timestep.detach().to(wide) * num_experts / num_timesteps).floor()
         return index.nan_to_num().clamp_(0, num_experts - 1).long()
-    return min(max(math.floor(timestep * num_experts / num_timesteps), 0), num_experts - 1)
+    position = timestep * num_experts / num_timesteps
+    # Clamped first: NaN, which max() turns into 0 here, and infinity have no floor.
+    return math.floor(min(max(0, position), num_experts - 1))
 
 
 @dataclass(frozen=True)
