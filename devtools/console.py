@@ -65,6 +65,11 @@ _CAUSES: Sequence[tuple[str, str]] = (
         "have configured, then run the same command again (what was downloaded is kept)",
     ),
     (
+        r"No matching distribution|No solution found|not found in the package registry",
+        "the package index does not offer what is needed: check the network and the index you "
+        "have configured, and that dev.py runs with Python 3.10 to 3.13",
+    ),
+    (
         r"requires-python|Requires-Python|requires Python|no wheels with a matching Python",
         "a package does not support this Python version: run dev.py with Python 3.11 or 3.12",
     ),
