@@ -44,7 +44,8 @@ CURES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the folder is read-only; choose another folder",
-    errno.EACCES: "writing there is not permitted; choose another folder",
+    # Windows says so too of a file that is still mapped, as a loaded model is.
+    errno.EACCES: "writing there is not permitted or the file is in use; choose another name",
     errno.EPERM: "writing there is not permitted; choose another folder",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
@@ -78,7 +79,15 @@ def write_safetensors(
         )
     # Wide types first keeps every tensor aligned in the map; names make the order reproducible.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header(names, tensors, metadata)
+    try:
+        header = _header(names, tensors, json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, QuantTuneError):
+            raise
+        raise QuantTuneError(
+            f"The metadata for {path} cannot be written as JSON ({error}); "
+            "use numbers, strings, lists and mappings."
+        ) from error
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -100,11 +109,10 @@ def write_safetensors(
         raise
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: str) -> bytes:
     """The length-prefixed JSON header, padded so that the data starts at a multiple of 8."""
     # "format" is what other readers of safetensors files look at.
-    text = {"format": "pt", METADATA_KEY: json.dumps(metadata, allow_nan=False)}
-    entries: dict[str, Any] = {"__metadata__": text}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA_KEY: metadata}}
     offset = 0
     for name in names:
         tensor = tensors[name]
@@ -157,7 +165,7 @@ def read_safetensors(
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        if "IncompleteBuffer" in str(error):
+        if _is_cut_short(path):
             raise _damaged(path, "is cut short") from error
         raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
     if text is None:
@@ -204,6 +212,18 @@ def _check_start(path: str) -> None:
         raise _damaged(path, f"has a damaged header (it claims {length} bytes)")
     if length + 8 > size:
         raise _damaged(path, "is cut short")
+
+
+def _is_cut_short(path: str) -> bool:
+    """Whether a header that can be read promises more data than there is."""
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            entries = json.loads(file.read(length))
+        ends = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
+        return 8 + length + max(ends) > os.path.getsize(path)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError):
+        return False
 
 
 def _damaged(path: str, how: str) -> QuantTuneError:

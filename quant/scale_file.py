@@ -45,17 +45,11 @@ def save_scale_set(
         "num_timesteps": scale_set.num_timesteps,
         **facts,
     }
-    try:
-        write_safetensors(path, tensors, metadata, overwrite)
-    except TypeError as error:
-        raise QuantTuneError(
-            f"The metadata of the scale set for {os.fspath(path)} cannot be written as JSON "
-            f"({error}); use numbers, strings, lists and mappings."
-        ) from error
+    write_safetensors(path, tensors, metadata, overwrite)
 
 
 def load_scale_set(path: str | os.PathLike[str]) -> ScaleSet:
-    """Map a scale set file and check it.
+    """Read a scale set file and check it.
 
     Raises:
         QuantTuneError: the file is missing, damaged, of another kind or version, or holds values
@@ -82,16 +76,18 @@ def load_scale_set(path: str | os.PathLike[str]) -> ScaleSet:
                     f"The file {path} holds {name}.{kind} as {tensor.dtype}, not float; {AGAIN}."
                 )
     try:
-        layers = {
-            name: LayerScales(
-                pair["r_out"].float(), pair["s_in"].float() if "s_in" in pair else None
-            )
+        # Copied: they are small, and a mapped file could not be replaced on Windows.
+        copies = {
+            name: {kind: t.to(torch.float32, copy=True) for kind, t in pair.items()}
             for name, pair in pairs.items()
         }
+        layers = {n: LayerScales(pair["r_out"], pair.get("s_in")) for n, pair in copies.items()}
         return ScaleSet(layers, header["num_experts"], header["num_timesteps"], facts)
     except QuantTuneError as error:
         text = str(error)
-        raise QuantTuneError(f"In the file {path}: {text[0].lower()}{text[1:]}") from None
+        cure = "" if ";" in text else f"; {AGAIN}"
+        message = f"In the file {path}: {text[0].lower()}{text[1:-1]}{cure}."
+        raise QuantTuneError(message) from None
 
 
 def _check_kind(path: str, header: Mapping[str, Any] | None) -> None:
