@@ -59,6 +59,7 @@ def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate,
     its own, so that no expert is moved by another's momentum.
     """
     import comfy.model_management
+
     from quanttune.host.build import quantized_model
     from quanttune.host.routing import apply_scales, layer_shapes
 

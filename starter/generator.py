@@ -1,0 +1,241 @@
+"""Procedural captioned pictures: the starter model's whole world.
+
+A `Scene` says what a picture shows, `render` draws it, `captions.describe` says it in words. All
+randomness comes from the integer seed given to `sample`; the same seed gives the same bytes.
+Needs numpy alone, and Pillow only to save.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .shapes import SHAPES
+
+SIZE = 128
+"""Side of a picture in pixels."""
+
+COLOURS = {
+    "red": (222, 44, 48),
+    "orange": (246, 136, 24),
+    "yellow": (252, 212, 40),
+    "green": (42, 158, 70),
+    "cyan": (36, 190, 204),
+    "blue": (38, 84, 216),
+    "purple": (132, 58, 190),
+    "pink": (248, 122, 180),
+    "white": (246, 246, 244),
+    "black": (38, 38, 44),
+}
+"""Object colours, sRGB 0..255."""
+
+BACKGROUNDS = {
+    "red": (196, 74, 74),
+    "orange": (242, 172, 104),
+    "yellow": (248, 226, 128),
+    "green": (136, 192, 132),
+    "blue": (112, 160, 224),
+    "purple": (168, 138, 210),
+    "pink": (248, 192, 212),
+    "gray": (146, 150, 156),
+    "white": (240, 239, 234),
+    "black": (44, 46, 54),
+}
+"""Background colours, sRGB 0..255: muted, so that objects stand out."""
+
+FILLS = ("plain", "striped", "dotted", "checked")
+TEXTURES = ("plain", "gradient", "rays", "grid")
+POSITIONS = {
+    "centre": (0.0, 0.0),
+    "left": (-0.23, 0.0),
+    "right": (0.23, 0.0),
+    "top": (0.0, -0.23),
+    "bottom": (0.0, 0.23),
+}
+"""Position word -> offset of the object's middle from the picture's, in picture sides."""
+SIZES = {"small": 0.185, "medium": 0.26, "large": 0.36}
+"""Size word -> the object's radius in picture sides."""
+
+UPRIGHT = {"square", "diamond", "cross", "triangle", "heart"}
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows.
+
+    The first seven fields are words that a caption may use; `rotation` (radians), `offset`
+    (picture sides), `scale` (factor on the size) and `noise_seed` are the variation between two
+    pictures of the same words.
+    """
+
+    shape: str
+    colour: str
+    background: str
+    fill: str = "plain"
+    texture: str = "plain"
+    position: str = "centre"
+    size: str = "medium"
+    rotation: float = 0.0
+    offset: tuple[float, float] = (0.0, 0.0)
+    scale: float = 1.0
+    noise_seed: int = 0
+
+
+def held_out(shape: str, colour: str, background: str) -> bool:
+    """Whether a (shape, colour, background) triple is kept out of every training picture.
+
+    One triple in ten is, by a hash that is the same on every machine.
+    """
+    return zlib.crc32(f"{shape}/{colour}/{background}".encode()) % 10 == 0
+
+
+def sample(seed: int, held: bool | None = False) -> Scene:
+    """Draw a random scene.
+
+    held: False gives only training triples, True only held-out ones, None both.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        shape = str(rng.choice(list(SHAPES)))
+        colour = str(rng.choice(list(COLOURS)))
+        background = str(rng.choice(list(BACKGROUNDS)))
+        if colour != background and (held is None or held_out(shape, colour, background) == held):
+            break
+    fill = str(rng.choice(FILLS, p=[0.55, 0.15, 0.15, 0.15]))
+    texture = str(rng.choice(TEXTURES, p=[0.55, 0.21, 0.12, 0.12]))
+    position = str(rng.choice(list(POSITIONS), p=[0.52, 0.12, 0.12, 0.12, 0.12]))
+    size = str(rng.choice(list(SIZES), p=[0.2, 0.55, 0.25]))
+    scene = Scene(shape, colour, background, fill, texture, position, size)
+    return vary(scene, int(rng.integers(2**31)))
+
+
+def vary(scene: Scene, seed: int) -> Scene:
+    """The same words with another rotation, small displacement, scale and shade."""
+    rng = np.random.default_rng(seed)
+    tilt = 0.10 if scene.shape in UPRIGHT else 0.22
+    return replace(
+        scene,
+        rotation=float(np.clip(rng.normal(0, tilt / 1.5), -tilt, tilt)),
+        offset=tuple(float(v) for v in rng.uniform(-0.025, 0.025, 2)),
+        scale=float(rng.uniform(0.92, 1.08)),
+        noise_seed=int(rng.integers(2**31)),
+    )
+
+
+def smoothstep(low: float, high: float, value: Array) -> Array:
+    """Hermite step from 0 at `low` to 1 at `high`."""
+    t = np.clip((value - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def grid_coordinates(size: int = SIZE) -> tuple[Array, Array]:
+    """Pixel centres in picture sides, 0 in the middle: x to the right, y down, float32."""
+    line = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5).astype(np.float32)
+    return np.meshgrid(line, line)
+
+
+def paint_background(background: str, texture: str, rng: np.random.Generator) -> Array:
+    """A background of `SIZE` x `SIZE` x 3, float32 0..1."""
+    x, y = grid_coordinates()
+    base = np.array(BACKGROUNDS[background], np.float32) / 255
+    base = np.clip(base * (1 + rng.uniform(-0.04, 0.04)) + rng.uniform(-0.012, 0.012, 3), 0, 1)
+    base = base.astype(np.float32)
+    light = np.ones_like(x)
+    strength = 0.10 if background != "black" else 0.35
+    if texture == "gradient":
+        light = 1 - y * np.float32(4.2 * strength) - np.float32(strength * 0.7)
+    elif texture == "rays":
+        angle = np.arctan2(y, x) + rng.uniform(0, np.pi / 6)
+        soft = np.clip(np.sin(angle * 12) * np.hypot(x, y) * 18, -1, 1)
+        light = 1 + soft.astype(np.float32) * np.float32(strength * 0.8)
+    elif texture == "grid":
+        step = 0.125
+        shift = rng.uniform(0, step, 2).astype(np.float32)
+        gx = np.abs(np.mod(x + shift[0], step) - step / 2)
+        gy = np.abs(np.mod(y + shift[1], step) - step / 2)
+        line = 1 - smoothstep(0.006, 0.014, np.minimum(gx, gy))
+        light = 1 - line * np.float32(strength * 1.5)
+    if background == "black" and texture != "plain":
+        return np.clip(base + (light - 1)[..., None] * np.float32(0.30), 0, 1)
+    vignette = 1 - 0.10 * np.square(np.hypot(x, y) / 0.7)
+    return np.clip(base * (light * vignette)[..., None], 0, 1)
+
+
+def pattern(fill: str, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """How much of the second colour each point carries, 0..1; `x, y` in picture sides."""
+    if fill == "striped":
+        angle = np.pi / 4 + rng.uniform(-0.12, 0.12)
+        wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / 0.115)
+        return smoothstep(-0.18, 0.18, wave)
+    if fill == "dotted":
+        step = 0.125
+        row = np.floor(y / (step * 0.866) + 0.5)
+        dx = np.mod(x + row * step / 2, step) - step / 2
+        dy = y - row * step * 0.866
+        return 1 - smoothstep(0.030, 0.042, np.hypot(dx, dy))
+    if fill == "checked":
+        wave = np.sin(x * np.pi / 0.1) * np.sin(y * np.pi / 0.1)
+        return smoothstep(-0.14, 0.14, wave)
+    return np.zeros_like(x)
+
+
+def second_colour(colour: str) -> Array:
+    """The colour that a pattern adds to an object of this colour, float32 0..1."""
+    base = np.array(COLOURS[colour], np.float32) / 255
+    if colour == "white":
+        return np.array([0.70, 0.73, 0.78], np.float32)
+    if colour == "black":
+        return np.array([0.42, 0.43, 0.47], np.float32)
+    return base * 0.28 + 0.72
+
+
+def paint_object(
+    canvas: Array,
+    distance: Array,
+    albedo: Array,
+    local: tuple[Array, Array],
+    rim: Array,
+) -> Array:
+    """Lay a shaded object with a soft shadow on a canvas.
+
+    canvas, albedo: `SIZE` x `SIZE` x 3 in 0..1; distance: signed distance in pixels; local: the
+    object's own coordinates (unit = its radius), used for the light; rim: colour of the outline.
+    """
+    u, v = local
+    shadow = np.pad(distance, ((4, 0), (3, 0)), "edge")[:SIZE, :SIZE]
+    canvas = canvas * (1 - 0.30 * (1 - smoothstep(-5, 6, shadow)))[..., None]
+    light = 1.04 - 0.14 * (u + v) / 1.4
+    gloss = np.exp(-(np.square(u + 0.42) + np.square(v + 0.48)) / 0.10) * 0.22
+    body = np.clip(albedo * light[..., None] + gloss[..., None], 0, 1)
+    edge = smoothstep(-3.2, -1.6, distance)[..., None]
+    body = body * (1 - edge) + rim * edge
+    cover = (1 - smoothstep(-0.7, 0.7, distance))[..., None]
+    return canvas * (1 - cover) + body * cover
+
+
+def render(scene: Scene) -> Array:
+    """Draw a scene: uint8, `SIZE` x `SIZE` x 3, sRGB."""
+    rng = np.random.default_rng(scene.noise_seed)
+    canvas = paint_background(scene.background, scene.texture, rng)
+    x, y = grid_coordinates()
+    px, py = POSITIONS[scene.position]
+    radius = SIZES[scene.size] * scene.scale
+    keep_in = np.clip(0.5 - radius - 0.02, 0, None)
+    cx = float(np.clip(px + scene.offset[0], -keep_in, keep_in))
+    cy = float(np.clip(py + scene.offset[1], -keep_in, keep_in))
+    dx, dy = x - np.float32(cx), y - np.float32(cy)
+    cos, sin = np.float32(np.cos(scene.rotation)), np.float32(np.sin(scene.rotation))
+    rx, ry = dx * cos + dy * sin, dy * cos - dx * sin
+    u, v = rx / np.float32(radius), ry / np.float32(radius)
+    distance = SHAPES[scene.shape](u, v) * np.float32(radius * SIZE)
+    base = np.array(COLOURS[scene.colour], np.float32) / 255
+    base = np.clip(base * (1 + rng.uniform(-0.05, 0.05)) + rng.uniform(-0.015, 0.015, 3), 0, 1)
+    share = pattern(scene.fill, rx, ry, rng)[..., None]
+    albedo = base * (1 - share) + second_colour(scene.colour) * share
+    rim = base * 0.62 if scene.colour != "black" else base * 0.4
+    canvas = paint_object(canvas, distance, albedo, (dx / radius, dy / radius), rim)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

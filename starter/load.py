@@ -1,0 +1,124 @@
+"""The starter model as the host's own MODEL, CLIP and VAE. The only library file here that needs
+the host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from ..quant.errors import QuantTuneError
+from .config import CLIP, TOKENS, VOCABULARY_SIZE
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def load_starter(embedding_directory=None, model_options: dict | None = None,
+                 folder: Path | str | None = None):
+    """Load the three parts of the starter model.
+
+    embedding_directory: the host's folders of textual-inversion embeddings, or None.
+    model_options: as for the host's loaders; `dtype` and `custom_operations` act on the UNet.
+    folder: another place to read the three files from (the recipe's tests use it).
+
+    Returns (ModelPatcher of an SD15 `BaseModel`, `comfy.sd.CLIP`, `comfy.sd.VAE`). Call it inside
+    `torch.inference_mode()` as the host's executor does. Raises QuantTuneError when a file is
+    missing or damaged.
+    """
+    folder = Path(folder or FOLDER)
+    model = load_unet(str(folder / "unet.safetensors"), model_options or {})
+    clip = load_clip(str(folder / "clip.safetensors"), embedding_directory)
+    return model, clip, load_vae(str(folder / "vae.safetensors"))
+
+
+def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of one of the starter's files, checked."""
+    try:
+        state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    except Exception as error:
+        raise QuantTuneError(
+            f"The starter model's file {Path(path).name} is missing or damaged; "
+            "install the pack again, or restore the file from its repository."
+        ) from error
+    return state, metadata or {}
+
+
+def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
+    """The diffusion model as a ModelPatcher; also the factory the host reloads it with."""
+    state, metadata = read(path)
+    if "unet_config" not in metadata:
+        raise QuantTuneError(
+            f"{Path(path).name} carries no `unet_config`, so it is not the starter model; "
+            "restore the file from the pack's repository."
+        )
+    management = comfy.model_management
+    config = comfy.supported_models.SD15(json.loads(metadata["unet_config"]))
+    load_device = model_options.get("load_device", management.get_torch_device())
+    offload_device = model_options.get("offload_device", management.unet_offload_device())
+    supported = list(config.supported_inference_dtypes)
+    dtype = model_options.get("dtype") or management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(state),
+    )
+    cast = management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, cast, device=load_device)
+    config.custom_operations = model_options.get("custom_operations")
+    patchers = comfy.model_patcher
+    make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    model = config.get_model(state, "")
+    patcher = make(model, load_device=load_device, offload_device=offload_device)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unet, (path, model_options))
+    return patcher
+
+
+def load_clip(path: str, embedding_directory=None, disable_dynamic: bool = False):
+    """The text encoder as the host's CLIP with the ordinary tokenizer.
+
+    The file holds the embedding rows of the words the model knows; every other token gets the
+    shared unknown row. Prompts are tokenized into pieces of `config.TOKENS`.
+    """
+    state, _ = read(path)
+    rows, ids = state.pop("token_rows"), state.pop("token_ids").long()
+    table = rows[:1].expand(VOCABULARY_SIZE, -1).clone()
+    table[ids] = rows[1:]
+    state["text_model.embeddings.token_embedding.weight"] = table
+    target = comfy.supported_models_base.ClipTarget(
+        comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel
+    )
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=embedding_directory,
+        tokenizer_data={"clip_l_max_length": TOKENS},
+        parameters=comfy.utils.calculate_parameters(state),
+        state_dict=[state],
+        model_options={"clip_l_model_config": CLIP},
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (path, embedding_directory))
+    return clip
+
+
+def load_clip_patcher(path: str, embedding_directory=None, disable_dynamic: bool = False):
+    """The text encoder's patcher alone; the factory the host reloads it with."""
+    return load_clip(path, embedding_directory, disable_dynamic).patcher
+
+
+def load_vae(path: str):
+    """The picture autoencoder as the host's VAE (its TAESD form)."""
+    state, metadata = read(path)
+    vae = comfy.sd.VAE(sd=state, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (path,))
+    return vae

@@ -1,0 +1,58 @@
+"""Stage 5: the shipped files, fp16 safetensors, from the stages' averaged weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from .common import ROOT, SEED
+from .config import UNET
+from .generator import render, sample
+from .parallel import bind_average
+from .stage_classifier import build as build_classifier
+from .stage_classifier import calibrate
+from .stage_unet import build_unet
+from .stage_vae import build
+from .text import TextEncoder, Vocabulary
+
+LICENCE = "Apache-2.0"
+
+
+def averaged(work: Path, stage: str, modules: list[torch.nn.Module]) -> None:
+    """Put a stage's averaged weights in its modules; the start values when it has not run."""
+    path = Path(work) / f"{stage}.ckpt"
+    if path.exists():
+        bind_average(modules, torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def write(state: dict, path: Path, **metadata: str) -> None:
+    """Save fp16 (integers as they are) with metadata."""
+    half = {
+        k: (v.detach().half() if v.is_floating_point() else v).cpu().contiguous()
+        for k, v in state.items()
+    }
+    save_file(half, path, {"format": "pt", "licence": LICENCE, **metadata})
+    print(path.name, round(path.stat().st_size / 1e6, 2), "MB")
+
+
+def export(work: Path, folder: Path = ROOT) -> None:
+    """Write unet, clip, vae and classifier files into `folder`."""
+    unet, vocabulary = build_unet(), Vocabulary()
+    text = TextEncoder(len(vocabulary.ids))
+    averaged(work, "unet", [unet, text])
+    write(unet.state_dict(), folder / "unet.safetensors", unet_config=json.dumps(UNET))
+    state = text.model.state_dict()
+    state["token_rows"] = state.pop("text_model.embeddings.token_embedding.weight")
+    state["token_ids"] = torch.tensor(vocabulary.ids[1:], dtype=torch.int32)
+    write(state, folder / "clip.safetensors")
+    vae = build()
+    averaged(work, "vae", [vae])
+    write(vae.state_dict(), folder / "vae.safetensors")
+    classifier = build_classifier()
+    averaged(work, "classifier", [classifier])
+    calibrate(classifier, np.stack([render(sample(SEED + i, held=None)) for i in range(1024)]))
+    write(classifier.state_dict(), folder / "classifier.safetensors")
