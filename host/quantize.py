@@ -168,8 +168,10 @@ class QuantizationReport:
 
     def __str__(self):
         before, after = self.bytes_before + self.float_bytes, self.bytes_after + self.float_bytes
-        return (f"{self.layers} layers quantized, {self.float_bytes / 2**20:.2f} MiB kept in float\n"
-                f"Size {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB "
-                f"({after / max(before, 1):.2f} x)\n"
-                f"Weight error {100 * self.relative_error:.2f} % (largest {100 * self.worst[1]:.2f} "
-                f"% in {self.worst[0]})")
+        worst_layer, worst = self.worst
+        return (
+            f"{self.layers} layers quantized, {self.float_bytes / 2**20:.2f} MiB kept in float\n"
+            f"Size {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB "
+            f"({after / max(before, 1):.2f} x)\n"
+            f"Weight error {100 * self.relative_error:.2f} % (largest {100 * worst:.2f} % in "
+            f"{worst_layer})")

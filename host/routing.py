@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..quant import QuantTuneError, ScaleBank, ScaleSet
+from ..quant import QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
 from .ops import scaled_layers
 
 KEY = "quanttune"
@@ -29,6 +28,7 @@ class ScaleRouter:
         self.bank = ScaleBank(shapes, entries)
 
     def __call__(self, executor, x, timesteps, *args, **kwargs):
+        """The wrapper itself: put the scales of ``timesteps`` in place, then run the model."""
         # State is set, never cleared: a checkpointed training step recomputes layers after this
         # returns. The next forward of any clone starts by clearing it (see reset_before_forward).
         apply_scales(executor.class_obj, self.resolve(timesteps.to(x.device), x.device))
@@ -104,9 +104,10 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
     Returns ``(clone, warnings)``. Raises QuantTuneError when the model cannot take scales, the
     shapes differ or the strength is not finite.
     """
-    if not math.isfinite(strength):
-        raise QuantTuneError(f"The strength of '{name}' is {strength}; give a finite number such "
-                             "as 1.0.")
+    try:
+        strength = check_strength(strength)
+    except QuantTuneError as error:
+        raise QuantTuneError(f"'{name}': {error}") from error
     model = patcher.model
     shapes = layer_shapes(model.diffusion_model)
     if not shapes:
@@ -127,22 +128,10 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
 
 
 def _check_fit(shapes, scale_set, patcher, name) -> list[str]:
-    unknown = sorted(set(scale_set.layers) - set(shapes))
-    if unknown:
-        raise QuantTuneError(
-            f"'{name}' was trained on another kind of model: it has scales for layer "
-            f"'{unknown[0]}' ({len(unknown)} such), which this MODEL lacks; load the base it was "
-            "trained on.")
-    for layer, (out, inputs) in shapes.items():
-        scales = scale_set.layers.get(layer)
-        if scales is None:
-            continue
-        found = (scales.r_out.shape[1], scales.s_in.shape[1] if scales.s_in is not None else inputs)
-        if found != (out, inputs):
-            raise QuantTuneError(
-                f"'{name}' does not fit this MODEL: layer '{layer}' has {found[0]} output and "
-                f"{found[1]} input scales, the model needs {out} and {inputs}; load the base it "
-                "was trained on.")
+    try:
+        check_fits(scale_set, shapes)
+    except QuantTuneError as error:
+        raise QuantTuneError(f"'{name}' does not fit this MODEL: {error}") from error
     warnings = []
     attachment = patcher.get_attachment("quanttune")
     trained_on = scale_set.metadata.base_fingerprint
@@ -151,9 +140,8 @@ def _check_fit(shapes, scale_set, patcher, name) -> list[str]:
             f"'{name}' was trained on another base ({scale_set.metadata.base_name or 'unnamed'}, "
             f"fingerprint {trained_on[:12]}) than this model (fingerprint "
             f"{attachment.fingerprint[:12]}): the result may be off.")
-    missing = sorted(set(shapes) - set(scale_set.layers))
+    missing = [layer for layer in shapes if layer not in scale_set.layers]
     if missing:
-        warnings.append(f"'{name}' has no scales for {len(missing)} of {len(shapes)} layers (first: "
-                        f"'{missing[0]}'); they stay as in the base.")
+        warnings.append(f"'{name}' has no scales for {len(missing)} of {len(shapes)} layers "
+                        f"(first: '{missing[0]}'); they stay as in the base.")
     return warnings
-

@@ -41,6 +41,14 @@ def small_model(family: str = "SD15", seed: int = 0):
     return comfy.model_patcher.CoreModelPatcher(model, device, torch.device("cpu"))
 
 
+def quantize(model, bits=4, **options):
+    """``(quantized MODEL, report)`` at ``bits``."""
+    from quanttune.host.quantize import quantize_model
+    from quanttune.quant import QuantSpec
+
+    return quantize_model(model, QuantSpec(bits), **options)
+
+
 def inputs(patcher, timesteps=(999.0, 10.0), seed=1, size=16):
     """Arguments of ``diffusion_model`` for a batch at ``timesteps``."""
     generator = torch.Generator().manual_seed(seed)

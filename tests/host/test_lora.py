@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from . import models
-from .test_quantize import quantize
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
 
 
 @pytest.fixture(autouse=True)

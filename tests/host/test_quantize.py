@@ -3,20 +3,14 @@
 import pytest
 import torch
 
-from . import models
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
 
 
 @pytest.fixture(autouse=True)
 def _inference(comfy_inprocess):
     with torch.inference_mode():
         yield
-
-
-def quantize(model, bits=4, **options):
-    from quanttune.host.quantize import quantize_model
-    from quanttune.quant import QuantSpec
-
-    return quantize_model(model, QuantSpec(bits), **options)
 
 
 @pytest.mark.parametrize("family", list(models.FAMILIES))
@@ -137,6 +131,7 @@ def test_sampling_changes_and_wrappers_carry_over():
 
 def test_stock_savers_refuse_rather_than_write_integers_as_floats(tmp_path):
     from comfy.sd import save_checkpoint
+
     from quanttune.quant import QuantTuneError
 
     quantized, _ = quantize(models.small_model())

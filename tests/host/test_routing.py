@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from . import models
-from .test_quantize import quantize
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ class TestBadInput:
         from quanttune.quant import QuantTuneError
 
         quantized, _ = quantize(models.small_model())
-        with pytest.raises(QuantTuneError, match=r"strength of 'subject.safetensors'"):
+        with pytest.raises(QuantTuneError, match=r"'subject.safetensors': The strength"):
             apply(quantized, models.random_scales(quantized), strength)
 
     def test_another_family_is_refused(self):
@@ -172,7 +172,7 @@ class TestBadInput:
 
         small, _ = quantize(models.small_model("SD15"))
         large, _ = quantize(models.small_model("SDXL"))
-        with pytest.raises(QuantTuneError, match=r"subject.safetensors.*load the base"):
+        with pytest.raises(QuantTuneError, match=r"'subject.safetensors' does not fit.*base"):
             apply(small, models.random_scales(large))
 
     def test_another_base_of_the_same_shape_warns(self):
@@ -204,6 +204,7 @@ class TestBadInput:
 ])
 def test_every_kind_of_timestep_reaches_its_expert(sampling, timesteps, index):
     import comfy.model_sampling
+
     from quanttune.host.routing import timestep_units
     from quanttune.quant import expert_index
 
@@ -214,6 +215,7 @@ def test_every_kind_of_timestep_reaches_its_expert(sampling, timesteps, index):
 
 def test_edm_timesteps_follow_the_sigma_table():
     import comfy.model_sampling
+
     from quanttune.host.routing import timestep_units
     from quanttune.quant import expert_index
 

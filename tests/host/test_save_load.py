@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from . import models
-from .test_quantize import quantize
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,8 @@ def test_round_trip_is_exact(family, bits):
     loaded = load(save(quantized))
     arguments = models.inputs(quantized)
     assert torch.equal(models.forward(loaded, arguments), models.forward(quantized, arguments))
-    assert models.quantized_model(loaded).fingerprint == models.quantized_model(quantized).fingerprint
+    first, second = models.quantized_model(loaded), models.quantized_model(quantized)
+    assert first.fingerprint == second.fingerprint
     assert type(loaded.model.model_config) is type(quantized.model.model_config)
     assert loaded.model.model_type == quantized.model.model_type
 
@@ -124,7 +125,8 @@ class TestRefused:
         from quanttune.quant import QuantTuneError
 
         quantized, _ = quantize(models.small_model())
-        quantized.add_patches({"diffusion_model.out.2.weight": ("diff", (torch.ones(4, 32, 3, 3),))})
+        patch = ("diff", (torch.ones(4, 32, 3, 3),))
+        quantized.add_patches({"diffusion_model.out.2.weight": patch})
         with pytest.raises(QuantTuneError, match="LoRA"):
             save(quantized)
         assert not list(output_folder.rglob("*.safetensors"))
