@@ -197,7 +197,10 @@ def dequantize_weight(
     it is a tensor of its own.
     """
     keep = _wants_grad(x) or (scales is not None and _wants_grad(scales.r_out, scales.s_in))
-    if keep:
+    if torch.compiler.is_compiling():
+        # The compiler plans buffers itself, and follows neither thread-locals nor mode switches.
+        out = torch.empty(qweight.shape, dtype=x.dtype, device=qweight.device)
+    elif keep:
         # Outside inference mode even if the host built the weight inside: autograd saves this one.
         with torch.inference_mode(False):
             out = torch.empty(qweight.shape, dtype=x.dtype, device=qweight.device)

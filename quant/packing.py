@@ -11,7 +11,6 @@ layout, followed by the top bit as ``C/8`` bytes in eight planes: exactly 3 bits
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
 
 import torch
@@ -22,7 +21,6 @@ from .spec import check_bits
 CODES_MULTIPLE = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
-@lru_cache(maxsize=4096)
 def fold_factor(rows: int, columns: int, bits: int) -> int:
     """How many rows fold into one: the smallest suitable divisor of ``rows``, else ``rows``."""
     multiple = CODES_MULTIPLE[check_bits(bits)]
@@ -30,7 +28,6 @@ def fold_factor(rows: int, columns: int, bits: int) -> int:
     return needed if rows % needed == 0 else rows
 
 
-@lru_cache(maxsize=4096)
 def folded_codes(rows: int, columns: int, bits: int) -> int:
     """Number of codes ``C`` in one folded row, padding included."""
     multiple = CODES_MULTIPLE[check_bits(bits)]
@@ -74,20 +71,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return _pack_planes(folded, bits)
 
 
+def _unpack_planes(packed: Tensor, width: int) -> Tensor:
+    """Invert `_pack_planes`: ``[n, C]`` codes of ``width`` bits."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> shifts.unsqueeze(1)) & (2**width - 1)).flatten(1)
+
+
 def unpack(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     """Invert `pack`: ``[rows, columns]`` uint8 codes."""
-    count = folded_codes(rows, columns, bits)
-    folded = torch.empty(packed.shape[0], count, dtype=torch.uint8, device=packed.device)
     if bits == 8:
-        folded.copy_(packed)
+        folded = packed.clone()
     elif bits == 3:
-        low, high = packed.split([count // 4, count // 8], dim=1)
-        for plane, run in enumerate(folded.split(count // 4, dim=1)):
-            run.copy_(low >> (2 * plane)).bitwise_and_(3)
-        for plane, run in enumerate(folded.split(count // 8, dim=1)):
-            run.bitwise_or_(((high >> plane) & 1) << 2)
+        border = packed.shape[1] // 3 * 2
+        low = _unpack_planes(packed[:, :border], 2)
+        folded = low | (_unpack_planes(packed[:, border:], 1) << 2)
     else:
-        for plane, run in enumerate(folded.split(count * bits // 8, dim=1)):
-            run.copy_(packed >> (bits * plane)).bitwise_and_(2**bits - 1)
-    used = fold_factor(rows, columns, bits) * columns
+        folded = _unpack_planes(packed, bits)
+    used = rows * columns // packed.shape[0]
     return folded[:, :used].reshape(rows, columns)

@@ -273,3 +273,19 @@ def test_no_grad_uses_one_buffer():
             linear(torch.randn(2, 64), random_weight((64, 64), seed=seed))
     assert WEIGHTS.nbytes() == 64 * 64 * 4
     WEIGHTS.clear()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_compiler_sees_one_graph(bits):
+    qconv, qlinear = random_weight((8, 4, 3, 3), bits), random_weight((6, 8), bits)
+    one, each = random_scales(qconv, 1), random_scales(qlinear, 2)
+
+    def model(x):
+        y = conv2d(x, qconv, None, padding=1, scales=one)
+        return linear(y.mean((2, 3)), qlinear, None, each)
+
+    x = torch.randn(2, 4, 5, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(x), model(x)) < TOLERANCE
