@@ -42,9 +42,8 @@ DTYPE_NAMES = {
 }
 CURES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
-    getattr(
-        errno, "EDQUOT", -1
-    ): "the disk quota is used up; free some space or choose another folder",
+    # Not every system has quotas.
+    getattr(errno, "EDQUOT", -1): "the quota is used up; choose another folder",
     errno.EROFS: "the folder is read-only; choose another folder",
     # Windows says so too of a file that is still mapped, as a loaded model is.
     errno.EACCES: "writing there is not permitted or the file is in use; choose another name",
