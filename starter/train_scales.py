@@ -8,13 +8,21 @@ preservation, is a node of its own; this is the smallest loop that eq. 5-6 of Tu
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from quanttune.quant import LayerScales, QuantSpec, ScaleMetadata, ScaleSet, save_scale_set
+from quanttune.quant import (
+    LayerScales,
+    QuantSpec,
+    ScaleMetadata,
+    ScaleSet,
+    save_quantized_unet,
+    save_scale_set,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -108,8 +116,24 @@ def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate,
         bits=bits))
 
 
+def quantized_starter(bits: int):
+    """The starter quantized to ``bits``, written to ``starter/quanttune`` and loaded from there."""
+    from quanttune.host.build import load_model, quantized_model
+    from quanttune.host.quantize import quantize_model
+    from quanttune.starter.load import load_starter
+
+    path = HERE / "quanttune" / f"starter-{bits}bit.safetensors"
+    model, clip, vae = load_starter()
+    model, report = quantize_model(model, QuantSpec(bits, range="mse"), name="starter")
+    print(report)
+    checkpoint = quantized_model(model).checkpoint
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_quantized_unet(path, checkpoint.layers, checkpoint.floats, checkpoint.metadata)
+    return load_model(str(path), path.name), clip, vae
+
+
 def main(argv=None):
-    """Train one subject's scales on the 4-bit starter and write them beside the weights."""
+    """Quantize the starter, train one subject's scales on it, write both beside the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subject", required=True)
     parser.add_argument("--experts", type=int, default=4)
@@ -123,23 +147,16 @@ def main(argv=None):
 
     import comfy.options
     comfy.options.enable_args_parsing(False)
-    from dataclasses import replace
 
-    from quanttune.host.quantize import quantize_model
-    from quanttune.starter.load import load_starter
-
-    model, clip, vae = load_starter()
-    model, report = quantize_model(model, QuantSpec(options.bits, range="mse"), name="starter")
-    print(report)
+    model, clip, vae = quantized_starter(options.bits)
     pictures, captions = read_subject(HERE / "subjects" / options.subject)
     scales = train(model, clip, vae, pictures, captions, options.experts, options.steps,
                    options.batch, options.rate, options.seed)
-    scales = ScaleSet(scales.layers, scales.num_experts, scales.num_timesteps,
-                      replace(scales.metadata, subject=options.subject))
+    scales = replace(scales, metadata=replace(scales.metadata, subject=options.subject))
     out = options.out or HERE / "quanttune_scales" / f"starter-{options.subject}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_scale_set(out, scales)
-    print(f"{scales.num_parameters:,} scales in {out}")
+    print(f"{scales.num_parameters:,} scales in {out.name}")
 
 
 if __name__ == "__main__":
