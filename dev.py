@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from devtools import environment, jobs
-from devtools.console import Stop, say
+from devtools.console import Stop, end_on_sigterm, say
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +92,7 @@ def main(arguments: list[str]) -> int:
         rest = rest[1:]
     if rest and options.command in ("demo", "workflow", "clean"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    end_on_sigterm()
     try:
         return _run(options, rest)
     except Stop as stop:
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
         say(f"dev.py: {stop}")
         return 1
     except KeyboardInterrupt:
-        say("dev.py: stopped. The same command goes on from here.")
+        say("dev.py: stopped.")
         return 130
 
 

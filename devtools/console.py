@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,38 @@ from pathlib import Path
 
 class Stop(Exception):
     """A failure whose message is the one sentence that the user is to read."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: the same as Ctrl-C, but its children do not know."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM raise `Terminated`, so that what was started is also ended."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    # A shell starts its background jobs, and through them our children, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def wait_for(process: subprocess.Popen) -> int:
+    """Wait for a child that shares the terminal; when dev.py is to stop, so is the child.
+
+    Returns its exit status. Ctrl-C reaches the child by itself.
+    """
+    try:
+        return process.wait()
+    except KeyboardInterrupt as reason:
+        if isinstance(reason, Terminated):
+            process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -100,7 +99,7 @@ class HostProcess:
             # The host makes a folder "temp" inside the one it is given.
             command += ["--temp-directory", str(folder)]
         command += ["--cpu"] if cpu else []
-        # A session of its own, so that Ctrl-C reaches dev.py first and the host ends in order.
+        # A session of its own: Ctrl-C is for dev.py or pytest, which then ends the host.
         apart = {"start_new_session": True} if os.name != "nt" else {}
         self._out = self.log.open("wb")
         self.process = subprocess.Popen(
@@ -146,9 +145,9 @@ class HostProcess:
         return said[-1].split(PACK_NAME, 1)[1].lstrip(": ") if said else "it does not say why"
 
     def stop(self) -> None:
-        """End the process: politely first, by force after ten seconds."""
+        """End the process; its folders are ours, so it need not tidy up."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+            self.process.terminate()
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -164,6 +163,10 @@ def running_host(env: Environment, *, keep: bool = False, **options) -> Iterator
     `options` are those of `HostProcess`.
     """
     (DEV / "run").mkdir(parents=True, exist_ok=True)
+    for former in (DEV / "run").iterdir():
+        # Kept for their logs after a failure, by now without use.
+        if time.time() - former.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(former, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=DEV / "run"))
     progress = Progress("starting ComfyUI")
     host = HostProcess(env, folder, **options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .client import Event, Graph, RunFailed, images_of
-from .console import Stop, say
+from .console import Stop, say, wait_for
 from .environment import DEV, ROOT, Environment
 from .graph import NeedsFrontend, is_ui_format, load_workflow, set_value, to_api
 from .host_process import HostProcess, check_port, free_port, has_accelerator, running_host
@@ -155,7 +155,7 @@ def test(env: Environment, arguments: Sequence[str]) -> int:
         "-c",
         str(ROOT / "pyproject.toml"),
     ]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=env.variables()).returncode
+    return wait_for(subprocess.Popen([*command, *arguments], cwd=ROOT, env=env.variables()))
 
 
 def serve(env: Environment, port: int | None, cpu: bool | None, arguments: Sequence[str]) -> int:
@@ -174,11 +174,7 @@ def serve(env: Environment, port: int | None, cpu: bool | None, arguments: Seque
     process = subprocess.Popen(
         [*command, *arguments], cwd=env.host, env=env.variables(with_host=False)
     )
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        return 0
+    return wait_for(process)
 
 
 def bench(env: Environment, name: str, json_file: str | None, arguments: Sequence[str]) -> int:
@@ -198,7 +194,7 @@ def bench(env: Environment, name: str, json_file: str | None, arguments: Sequenc
 
 def python(env: Environment, arguments: Sequence[str]) -> int:
     """Run a script with `quanttune` and the host importable; returns its exit status."""
-    return subprocess.run([str(env.python), *arguments], env=env.variables()).returncode
+    return wait_for(subprocess.Popen([str(env.python), *arguments], env=env.variables()))
 
 
 def clean() -> int:
