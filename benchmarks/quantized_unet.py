@@ -197,7 +197,7 @@ def measure_forward(
             for name, patcher in models.items():
                 # A timestep of another expert in every round: the switch is part of the cost.
                 t = torch.full((batch,), 999.0 - 250.0 * (round_ % EXPERTS))
-                options = {"wrappers": patcher.wrappers}
+                options = patcher.model_options["transformer_options"]
                 start = time.process_time()
                 outputs[name] = patcher.model.diffusion_model(
                     x, t, context=context, transformer_options=options

@@ -16,7 +16,7 @@ from ..quant import fingerprint as fingerprint_of
 from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
-from .routing import reset_before_forward
+from .routing import route_forwards
 
 ATTACHMENT = "quanttune"
 
@@ -81,7 +81,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: boo
             f"'{name}' describes a {metadata.family} UNet that this ComfyUI cannot build "
             f"({error}); quantize the original model again with this version.") from error
     _fill(model.diffusion_model, state, name)
-    reset_before_forward(model.diffusion_model)
+    route_forwards(model.diffusion_model)
     model.state_dict_for_saving = _refuse_stock_save
 
     patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic

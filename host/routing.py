@@ -1,20 +1,20 @@
-"""Timestep-routed scales on a ComfyUI model: a wrapper around its diffusion model."""
+"""Timestep-routed scales on a ComfyUI model."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from comfy.patcher_extension import WrappersMP
 
-from ..quant import QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
+from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
 from .ops import scaled_layers
 
-KEY = "quanttune"
+OPTION = "quanttune_router"
+"""Key in ``transformer_options`` of whatever chooses the scales of a forward (`ScaleRouter`)."""
 
 
 class ScaleRouter:
-    """Selects each sample's expert from its timestep and hands every layer its two vectors.
+    """Selects each sample's expert from its timestep.
 
     ``entries`` are ``(ScaleSet, strength)``; several blend as
     ``1 + sum_i strength_i * (scale_i - 1)`` (strength 0 is the base, 1 the trained set). The
@@ -27,38 +27,41 @@ class ScaleRouter:
         self.model, self.entries = model, entries
         self.bank = ScaleBank(shapes, entries)
 
-    def __call__(self, executor, x, timesteps, *args, **kwargs):
-        """The wrapper itself: put the scales of ``timesteps`` in place, then run the model."""
-        # State is set, never cleared: a checkpointed training step recomputes layers after this
-        # returns. The next forward of any clone starts by clearing it (see reset_before_forward).
-        apply_scales(executor.class_obj, self.resolve(timesteps.to(x.device), x.device))
-        return executor(x, timesteps, *args, **kwargs)
+    def resolve(self, timesteps: torch.Tensor) -> dict[str, LayerScales]:
+        """Layer name to its vectors for the timesteps ``[B, ...]`` the diffusion model is given.
 
-    def resolve(self, timesteps: torch.Tensor, device: torch.device):
-        """Layer name to its vectors for the batch's timesteps ``[B]`` of the model."""
-        self.bank = self.bank.to(device)
+        One row when all samples share their experts, else one row a sample.
+        """
+        self.bank = self.bank.to(timesteps.device)
+        if timesteps.ndim > 1:  # models with a timestep a frame or token: the noisiest decides
+            timesteps = timesteps.flatten(1).amax(1)
         # Read at each forward: nodes after this one may replace the model's sampling.
         convert, num_timesteps = timestep_units(self.model.model_sampling)
         return self.bank.resolve(convert(timesteps), num_timesteps)
 
-    def to(self, device_or_dtype):
-        """Move the bank; the host also passes dtypes, which do not concern float32 scales."""
-        if isinstance(device_or_dtype, torch.device):
-            self.bank = self.bank.to(device_or_dtype)
-        return self
+
+def route_forwards(diffusion_model: torch.nn.Module) -> None:
+    """Make every forward of ``diffusion_model`` start by setting, or clearing, its scales.
+
+    A hook rather than one of the host's wrappers: not every family calls those, and a forward of
+    a clone without scales must clear what a routed clone left behind. Scales are not cleared when
+    a forward ends, because a checkpointed training step recomputes layers after that.
+    """
+    def route(module, args, kwargs):
+        router = (kwargs.get("transformer_options") or {}).get(OPTION)
+        if router is None:
+            return apply_scales(module, None)
+        timesteps = (args[1] if len(args) > 1
+                     else kwargs.get("timesteps", kwargs.get("timestep")))
+        return apply_scales(module, router.resolve(timesteps))
+
+    diffusion_model.register_forward_pre_hook(route, with_kwargs=True)
 
 
-def apply_scales(diffusion_model: torch.nn.Module, scales: dict | None) -> None:
-    """Put each layer's ``LayerScales`` in place; layers without one (or None for all) get none."""
+def apply_scales(diffusion_model: torch.nn.Module, scales: dict[str, LayerScales] | None) -> None:
+    """Put each layer's scales in place; layers without any (all of them for None) get none."""
     for name, module in _layers_of(diffusion_model).items():
         module.active_scales = scales.get(name) if scales else None
-
-
-def reset_before_forward(diffusion_model: torch.nn.Module) -> None:
-    """Make every forward start without scales, so that a routed clone never leaks into another."""
-    if not getattr(diffusion_model, "quanttune_reset", None):
-        diffusion_model.quanttune_reset = diffusion_model.register_forward_pre_hook(
-            lambda module, args: apply_scales(module, None))
 
 
 def _layers_of(diffusion_model):
@@ -116,12 +119,9 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
             "'Quantize UNet' or 'Load Quantized UNet' before 'Apply TuneQDM Scales'.")
     warnings = _check_fit(shapes, scale_set, patcher, name)
     clone = patcher.clone()
-    entries = [(scale_set, strength)]
-    for router in clone.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
-        entries = router.entries + entries
-    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY,
-                               ScaleRouter(model, shapes, entries))
+    options = clone.model_options["transformer_options"]
+    earlier = options[OPTION].entries if OPTION in options else []
+    options[OPTION] = ScaleRouter(model, shapes, [*earlier, (scale_set, strength)])
     for warning in warnings:
         logging.warning(warning)
     return clone, warnings

@@ -60,6 +60,17 @@ class ScaleParameters(torch.nn.Module):
         return [*self.r_out[span], *self.s_in[span]]
 
 
+class Expert:
+    """Routes every forward to one set of trainable scales."""
+
+    def __init__(self, scales: dict[str, LayerScales]):
+        self.scales = scales
+
+    def resolve(self, timesteps: torch.Tensor) -> dict[str, LayerScales]:
+        """The scales, whatever the timesteps."""
+        return self.scales
+
+
 def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate, seed, log=print):
     """Minimise the noise-prediction loss of ``model`` over its scales; returns a ScaleSet.
 
@@ -69,7 +80,7 @@ def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate,
     import comfy.model_management
 
     from quanttune.host.build import quantized_model
-    from quanttune.host.routing import apply_scales, layer_shapes
+    from quanttune.host.routing import OPTION, layer_shapes
 
     comfy.model_management.load_models_gpu([model])
     base, unet = model.model, model.model.diffusion_model
@@ -87,16 +98,10 @@ def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate,
         rows = torch.randint(len(latents), (batch,), generator=generator)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         sigma = sampling.sigmas[t].view(-1, 1, 1, 1)
-        scales = parameters.expert(expert)
-
-        def set_scales(executor, *args, scales=scales, **kwargs):
-            apply_scales(executor.class_obj, scales)
-            return executor(*args, **kwargs)
-
         noised = latents[rows] + sigma * noise
         denoised = base.apply_model(
             noised, sigma.flatten(), c_crossattn=context[rows],
-            transformer_options={"wrappers": {"diffusion_model": {"train": [set_scales]}}})
+            transformer_options={OPTION: Expert(parameters.expert(expert))})
         loss = (((noised - denoised) / sigma - noise) ** 2).mean()
         optimizers[expert].zero_grad()
         loss.backward()

@@ -70,7 +70,7 @@ def forward(patcher, arguments, load=True):
 
     if load:
         comfy.model_management.load_models_gpu([patcher])
-    options = {"wrappers": patcher.wrappers}
+    options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
     return patcher.model.diffusion_model(**arguments, transformer_options=options).clone()
 
 

@@ -125,13 +125,15 @@ def test_layers_kept_in_float_take_scales_too():
 
 
 def test_switching_expert_allocates_no_weight():
+    from quanttune.host.routing import OPTION
+
     quantized, _ = quantize(models.small_model("SDXL"))
     routed = apply(quantized, models.random_scales(quantized))
     largest = max(w.numel for w in models.quantized_model(quantized).checkpoint.layers.values())
-    router = next(iter(routed.wrappers["diffusion_model"]["quanttune"]))
+    router = routed.model_options["transformer_options"][OPTION]
     with torch.profiler.profile(profile_memory=True) as profile:
-        router.resolve(torch.tensor([999.0]), torch.device("cpu"))
-        router.resolve(torch.tensor([1.0]), torch.device("cpu"))
+        router.resolve(torch.tensor([999.0]))
+        router.resolve(torch.tensor([1.0]))
     biggest = max((e.cpu_memory_usage for e in profile.events()), default=0)
     assert 0 < biggest < largest
 

@@ -1,0 +1,65 @@
+"""Diffusion transformers take the same route: small Flux and SD3 models."""
+
+import pytest
+import torch
+
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
+
+FLUX = {"image_model": "flux", "in_channels": 16, "vec_in_dim": 16, "context_in_dim": 32,
+        "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [8, 12, 12], "theta": 10000, "txt_ids_dims": [], "patch_size": 2,
+        "qkv_bias": True, "guidance_embed": False, "out_channels": 16}
+SD3 = {"in_channels": 16, "pos_embed_scaling_factor": None, "depth": 2, "patch_size": 2,
+       "input_size": None, "adm_in_channels": 16, "num_patches": 64, "pos_embed_max_size": 8,
+       "context_embedder_config": {"target": "torch.nn.Linear",
+                                   "params": {"in_features": 32, "out_features": 128}}}
+
+
+@pytest.fixture(params=["Flux", "SD3"])
+def model(request, comfy_inprocess):
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, request.param)(
+        dict({"Flux": FLUX, "SD3": SD3}[request.param]))
+    config.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode():
+        built = config.get_model({}, "")
+        generator = torch.Generator().manual_seed(0)
+        for tensor in [*built.diffusion_model.parameters(), *built.diffusion_model.buffers()]:
+            tensor.normal_(0, 0.05, generator=generator)
+        cpu = torch.device("cpu")
+        yield comfy.model_patcher.CoreModelPatcher(built, cpu, cpu)
+
+
+def run(patcher, first_step):
+    """Output for one sample at the first or the last step, in the family's own timesteps."""
+    generator = torch.Generator().manual_seed(1)
+    high = 1.0 if "Flux" in type(patcher.model).__name__ else 1000.0
+    return patcher.model.diffusion_model(
+        torch.randn(1, 16, 8, 8, generator=generator),
+        torch.tensor([0.95 * high if first_step else 0.05 * high]),
+        context=torch.randn(1, 5, 32, generator=generator),
+        y=torch.randn(1, 16, generator=generator),
+        transformer_options=patcher.model_options["transformer_options"])
+
+
+def test_eight_bits_are_close_to_float(model):
+    quantized, report = quantize(model, 8)
+    assert "layers quantized" in str(report)
+    for first_step in (True, False):
+        assert models.relative(run(quantized, first_step), run(model, first_step)) < 0.05
+
+
+def test_scales_act_only_in_their_interval(model):
+    from quanttune.host.routing import apply_scale_set
+    from quanttune.quant import LayerScales, ScaleSet
+
+    quantized, _ = quantize(model, 4)
+    scales = models.random_scales(quantized, num_experts=2)
+    late_only = ScaleSet({n: LayerScales(torch.stack([torch.ones_like(s.r_out[0]), s.r_out[1]]))
+                          for n, s in scales.layers.items()}, 2)
+    routed = apply_scale_set(quantized, late_only, 1.0, "late")[0]
+    assert torch.equal(run(routed, False), run(quantized, False))
+    assert models.relative(run(routed, True), run(quantized, True)) > 1e-3
