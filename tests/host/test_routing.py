@@ -227,3 +227,23 @@ def test_edm_timesteps_follow_the_sigma_table():
     convert, total = timestep_units(sampling)
     t = sampling.timestep(sampling.sigmas[[0, total // 2 - 1, total // 2, total - 1]])
     assert expert_index(convert(t), 2, total).tolist() == [0, 0, 1, 1]
+
+
+def test_control_residuals_act_as_on_the_float_model():
+    quantized, _ = quantize(models.small_model())
+    scales = models.random_scales(quantized)
+    arguments = models.inputs(quantized, (700.0, 700.0))
+    generator = torch.Generator().manual_seed(4)
+    # What a ControlNet hands the UNet: residuals for the middle and the output blocks.
+    middle = torch.randn(2, 64, 8, 8, generator=generator)
+    outputs = [torch.randn(2, 32, 16, 16, generator=generator)]
+
+    def control():
+        return {"input": [], "middle": [middle.clone()], "output": [o.clone() for o in outputs]}
+
+    float_model = materialised(quantized, scales, 2)
+    expected = models.forward(float_model, {**arguments, "control": control()})
+    routed = apply(quantized, scales)
+    got = models.forward(routed, {**arguments, "control": control()})
+    assert models.relative(got, expected) < 1e-5
+    assert models.relative(got, models.forward(routed, arguments)) > 1e-3
