@@ -34,7 +34,7 @@ def _unbake(patcher, device_to, *_):
             continue
         comfy.utils.set_attr_param(patcher.model, key, original.to(device=device_to))
         del patcher.backup[key]
-        module.weight_function = [LowVramPatch(key, patcher.patches)]
+        module.weight_function = [LowVramPatch(key, patcher.patches), *module.weight_function]
         # Without this the host would leave the functions of a fully loaded layer in place when
         # the model is handed to a clone with other patches.
         module.quanttune_unbaked = True

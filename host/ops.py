@@ -93,12 +93,21 @@ class _ScaledOp:
 
         It is kept in the dtype the layer computes in rather than requantized, so that a patch
         loses nothing; ``host.lora`` then replaces it by the integers plus the patch applied in
-        the forward, so that it does not stay in memory either.
+        the forward, so that it does not stay in memory either. ``inplace_update`` is how the host
+        applies hooks (patches scheduled over the steps), which swap weights in mid-sampling.
         """
+        if inplace_update and is_uniform(self.weight):
+            raise QuantTuneError(
+                "A LoRA scheduled by hooks cannot act on quantized layers; use 'Load LoRA' or a "
+                "float model instead.")
         weight = weight.to(self.weight.dtype)
         if return_weight:
             return weight
+        if inplace_update:
+            self.weight.data.copy_(weight)
+            return None
         self._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+        return None
 
     def forward(self, input, *args, **kwargs):
         comfy.ops.run_every_op()

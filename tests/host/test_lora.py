@@ -139,3 +139,41 @@ def test_merging_with_a_float_model_uses_the_true_weights():
     arguments = models.inputs(quantized)
     assert models.relative(models.forward(merged, arguments),
                            models.forward(reference, arguments)) < 1e-4
+
+
+def test_scheduled_hooks_say_what_to_use_instead():
+    import comfy.hooks
+
+    from quanttune.quant import QuantTuneError
+
+    quantized, _ = quantize(models.small_model())
+    arguments = models.inputs(quantized)
+    base = models.forward(quantized, arguments)
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hook.need_weight_init = False
+    hook.weights = {"diffusion_model.out.2.weight": ("diff", (torch.ones(4, 32, 3, 3),))}
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    hooked = quantized.clone()
+    hooked.register_all_hook_patches(
+        group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    with pytest.raises(QuantTuneError, match="Load LoRA"):
+        hooked.patch_hooks(group)
+    hooked.clean_hooks()
+    assert torch.equal(models.forward(quantized, arguments), base)
+
+
+def test_weight_wrappers_and_a_lora_act_together():
+    quantized, _ = quantize(models.small_model())
+    key = "diffusion_model.out.2.weight"
+    diff = ("diff", (torch.ones(4, 32, 3, 3) * 0.1,))
+    arguments = models.inputs(quantized)
+    patched = quantized.clone()
+    patched.add_patches({key: diff})
+    wrapped = patched.clone()
+    wrapped.add_weight_wrapper(key, lambda weight: weight * 2)
+    reference = models.dequantized_copy(quantized).clone()
+    reference.add_patches({key: diff})
+    reference.add_weight_wrapper(key, lambda weight: weight * 2)
+    expected = models.forward(reference, arguments)
+    assert models.relative(models.forward(wrapped, arguments), expected) < 1e-5
