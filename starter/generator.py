@@ -199,15 +199,17 @@ def paint_object(
     albedo: Array,
     local: tuple[Array, Array],
     rim: Array,
+    shade: float = 0.30,
 ) -> Array:
     """Lay a shaded object with a soft shadow on a canvas.
 
     canvas, albedo: `SIZE` x `SIZE` x 3 in 0..1; distance: signed distance in pixels; local: the
-    object's own coordinates (unit = its radius), used for the light; rim: colour of the outline.
+    object's own coordinates (unit = its radius), used for the light; rim: colour of the outline;
+    shade: darkness of the shadow.
     """
     u, v = local
     shadow = np.pad(distance, ((4, 0), (3, 0)), "edge")[:SIZE, :SIZE]
-    canvas = canvas * (1 - 0.30 * (1 - smoothstep(-5, 6, shadow)))[..., None]
+    canvas = canvas * (1 - shade * (1 - smoothstep(-5, 6, shadow)))[..., None]
     light = 1.04 - 0.14 * (u + v) / 1.4
     gloss = np.exp(-(np.square(u + 0.42) + np.square(v + 0.48)) / 0.10) * 0.22
     body = np.clip(albedo * light[..., None] + gloss[..., None], 0, 1)
@@ -217,17 +219,16 @@ def paint_object(
     return canvas * (1 - cover) + body * cover
 
 
-def render(scene: Scene) -> Array:
-    """Draw a scene: uint8, `SIZE` x `SIZE` x 3, sRGB."""
-    rng = np.random.default_rng(scene.noise_seed)
-    canvas = paint_background(scene.background, scene.texture, rng)
+def add_object(
+    canvas: Array,
+    scene: Scene,
+    rng: np.random.Generator,
+    centre: tuple[float, float],
+    radius: float,
+) -> Array:
+    """Paint a scene's object on a canvas at `centre`, both it and `radius` in picture sides."""
     x, y = grid_coordinates()
-    px, py = POSITIONS[scene.position]
-    radius = SIZES[scene.size] * scene.scale
-    keep_in = np.clip(0.5 - radius - 0.02, 0, None)
-    cx = float(np.clip(px + scene.offset[0], -keep_in, keep_in))
-    cy = float(np.clip(py + scene.offset[1], -keep_in, keep_in))
-    dx, dy = x - np.float32(cx), y - np.float32(cy)
+    dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
     cos, sin = np.float32(np.cos(scene.rotation)), np.float32(np.sin(scene.rotation))
     rx, ry = dx * cos + dy * sin, dy * cos - dx * sin
     u, v = rx / np.float32(radius), ry / np.float32(radius)
@@ -237,5 +238,28 @@ def render(scene: Scene) -> Array:
     share = pattern(scene.fill, rx, ry, rng)[..., None]
     albedo = base * (1 - share) + second_colour(scene.colour) * share
     rim = base * 0.62 if scene.colour != "black" else base * 0.4
-    canvas = paint_object(canvas, distance, albedo, (dx / radius, dy / radius), rim)
+    return paint_object(canvas, distance, albedo, (dx / radius, dy / radius), rim)
+
+
+def render(scene: Scene) -> Array:
+    """Draw a scene: uint8, `SIZE` x `SIZE` x 3, sRGB."""
+    rng = np.random.default_rng(scene.noise_seed)
+    canvas = paint_background(scene.background, scene.texture, rng)
+    radius = SIZES[scene.size] * scene.scale
+    keep_in = max(0.5 - radius - 0.02, 0.0)
+    middle = np.add(POSITIONS[scene.position], scene.offset)
+    cx, cy = (float(np.clip(m, -keep_in, keep_in)) for m in middle)
+    canvas = add_object(canvas, scene, rng, (cx, cy), radius)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def clutter(seed: int) -> Array:
+    """A picture of several overlapping objects of all sizes, for the autoencoder only: uint8."""
+    rng = np.random.default_rng(seed)
+    scene = sample(seed)
+    canvas = paint_background(scene.background, scene.texture, rng)
+    for i in range(int(rng.integers(4, 9))):
+        scene = sample(seed * 31 + i)
+        centre = tuple(float(c) for c in rng.uniform(-0.45, 0.45, 2))
+        canvas = add_object(canvas, scene, rng, centre, float(rng.uniform(0.06, 0.3)))
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)

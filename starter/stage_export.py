@@ -51,6 +51,9 @@ def export(work: Path, folder: Path = ROOT) -> None:
     write(state, folder / "clip.safetensors")
     vae = build()
     averaged(work, "vae", [vae])
+    if (Path(work) / "decoder.ckpt").exists():
+        vae.taesd_encoder.requires_grad_(False)
+        averaged(work, "decoder", [vae])
     write(vae.state_dict(), folder / "vae.safetensors")
     classifier = build_classifier()
     averaged(work, "classifier", [classifier])

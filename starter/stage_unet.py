@@ -13,11 +13,12 @@ from . import parallel
 from .captions import describe
 from .common import SEED, Run
 from .config import UNET
-from .fast_conv import install
+from .fast_norm import install
+from .shipped import restore_unet
 from .stage_data import scene_of
 from .text import TextEncoder, Vocabulary
 
-BATCH = 32
+BATCH = 48
 DROP = 0.1
 UNKNOWN = 0.1
 STEPS = 1000
@@ -61,14 +62,21 @@ def build_unet() -> torch.nn.Module:
     return model.train()
 
 
-def train(run: Run, pictures: int, workers: int) -> tuple[torch.nn.Module, TextEncoder]:
-    """Train within the run's budget; returns the UNet and text encoder with averaged weights."""
+def train(
+    run: Run, pictures: int, workers: int, shipped: bool = False
+) -> tuple[torch.nn.Module, TextEncoder]:
+    """Train within the run's budget; returns the UNet and text encoder with averaged weights.
+
+    shipped: start from the shipped files instead of random weights.
+    """
     import comfy.ldm.modules.attention
 
     latents = torch.from_numpy(np.load(run.work / f"latents-{pictures}.npy"))
     scenes = [scene_of(i) for i in range(pictures)]
     unet, vocabulary = build_unet().to(run.device), Vocabulary()
     text = TextEncoder(len(vocabulary.ids)).to(run.device)
+    if shipped:
+        restore_unet(unet, text)
     if run.device.type == "cpu":
         comfy.ldm.modules.attention.optimized_attention = attention
         install(unet)

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 
 from . import parallel
 from .common import SEED, Run
-from .fast_conv import install
+from .generator import clutter
+from .shipped import restore_vae
 
 PLAN = ((0.5, 32, 32), (1.0, 64, 12))
 """(until this share of the budget, crop side in pixels, batch)."""
+CLUTTERED = 1500
+"""Pictures of several overlapping objects, so that finer things than the captions' survive too."""
 LATENT_SCALE = 0.18215
 """The host's SD1.5 latent format multiplies by this; the VAE's `vae_scale` undoes it."""
 
@@ -106,43 +110,82 @@ def latent_loss(z: torch.Tensor) -> torch.Tensor:
     return mean.square().mean() + (var - 1).square().mean() + 0.1 * z.abs().sub(3).relu().mean()
 
 
-def train(run: Run, data: np.ndarray, workers: int) -> torch.nn.Module:
-    """Train within the run's budget; returns the model with averaged weights."""
+def train(
+    run: Run, data: np.ndarray, workers: int, encoder: dict | None = None, shipped: bool = False
+) -> torch.nn.Module:
+    """Train within the run's budget; returns the model with averaged weights.
+
+    encoder: the saved state of a finished run; then only the decoder goes on learning, so that
+    latents made with that encoder stay true. shipped: start from the shipped file.
+    """
     model = build().to(run.device)
-    if run.device.type == "cpu":
-        install(model)
+    if shipped:
+        restore_vae(model)
+    if encoder is not None:
+        parallel.bind_average([model], encoder)
+        model.taesd_encoder.requires_grad_(False)
+    busy = np.stack([clutter(SEED + i) for i in range(CLUTTERED)])
 
     def loss_of(share, ticket, generator):
         rng = np.random.default_rng((SEED, ticket))
-        crop, batch = next((c, b) for end, c, b in PLAN if share <= end)
-        x = crops(data, rng, crop, batch).to(run.device, memory_format=torch.channels_last)
+        source = busy if rng.random() < 0.3 else data
+        crop, batch = PLAN[-1][1:]
+        if encoder is None:
+            crop, batch = next((c, b) for end, c, b in PLAN if share <= end)
+        x = crops(source, rng, crop, batch).to(run.device, memory_format=torch.channels_last)
         with torch.autocast(run.device.type, torch.bfloat16):
             z = model.taesd_encoder(x).float()
             noise = torch.randn(z.shape, generator=generator, device=z.device)
             out = model.taesd_decoder(z + 0.06 * noise).float()
         fit = picture_loss(out, x)
         psnr = -10 * torch.log10((out.detach().clamp(0, 1) - x).square().mean())
-        return fit + 0.1 * latent_loss(z), {"fit": fit, "psnr": psnr, "std": z.std()}
+        loss = fit if encoder is not None else fit + 0.1 * latent_loss(z)
+        return loss, {"fit": fit, "psnr": psnr, "std": z.std()}
 
-    parallel.train(run, [model], loss_of, rate=4e-4, decay=1e-4, ema=0.995, workers=workers)
+    parallel.train(run, [model], loss_of, rate=5e-4, decay=1e-4, ema=0.995, workers=workers)
     return model
 
 
+def train_decoder(run: Run, data: np.ndarray, workers: int) -> torch.nn.Module:
+    """Refine the decoder alone, on the encoder that the `vae` stage left."""
+    state = torch.load(run.work / "vae.ckpt", weights_only=True, map_location="cpu")
+    return train(run, data, workers, encoder=state)
+
+
 @torch.inference_mode()
-def latents(work: Path, data: np.ndarray, model: torch.nn.Module | None,
-            device: torch.device) -> np.ndarray:
+def encode(
+    model: torch.nn.Module, data: np.ndarray, out: np.ndarray, device: torch.device, rows: range
+) -> None:
+    """Write the latents of some rows of `data` to the same rows of `out`."""
+    for i in range(rows.start, rows.stop, 32):
+        end = min(i + 32, rows.stop)
+        x = torch.from_numpy(data[i:end]).to(device).permute(0, 3, 1, 2).float().div_(255)
+        with torch.autocast(device.type, torch.bfloat16):
+            z = model.taesd_encoder(x.contiguous(memory_format=torch.channels_last))
+        out[i:end] = z.float().cpu().numpy()
+
+
+def latents(
+    work: Path, data: np.ndarray, model: torch.nn.Module, device: torch.device, workers: int
+) -> np.ndarray:
     """Encode every picture: float16 (n, 4, 16, 16), mean about 0 and variance about 1."""
     path = Path(work) / f"latents-{len(data)}.npy"
     if path.exists():
         return np.load(path)
-    encoder = model.taesd_encoder
-    out = np.empty((len(data), 4, data.shape[1] // 8, data.shape[2] // 8), np.float16)
-    for i in range(0, len(data), 32):
-        x = torch.from_numpy(data[i : i + 32]).to(device).permute(0, 3, 1, 2).float().div_(255)
-        with torch.autocast(device.type, torch.bfloat16):
-            z = encoder(x.contiguous(memory_format=torch.channels_last))
-        out[i : i + 32] = z.float().cpu().numpy()
-    part = path.with_suffix(".part.npy")
-    np.save(part, out)
+    part = path.with_suffix(".part")
+    shape = (len(data), 4, data.shape[1] // 8, data.shape[2] // 8)
+    out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
+    bounds = np.linspace(0, len(data), (workers if device.type == "cpu" else 1) + 1).astype(int)
+    ranges = [range(int(a), int(b)) for a, b in zip(bounds, bounds[1:])]
+    fork = mp.get_context("fork")
+    helpers = [fork.Process(target=encode, args=(model, data, out, device, r)) for r in ranges[1:]]
+    for helper in helpers:
+        helper.start()
+    encode(model, data, out, device, ranges[0])
+    for helper in helpers:
+        helper.join()
+        if helper.exitcode:
+            raise RuntimeError("a worker stopped while encoding; run the stage again")
+    out.flush()
     os.replace(part, path)
-    return out
+    return np.load(path)

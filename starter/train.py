@@ -1,7 +1,7 @@
 """Train the starter model from nothing: `python starter/train.py STAGE [options]`.
 
-Stages, in order: data, vae, unet, classifier, export; `all` runs every one. Each is seeded, keeps
-its state in the work folder and goes on where it stopped.
+Stages: data, vae, unet, decoder, classifier, export; `all` runs them in this order. Each is seeded,
+keeps its state in the work folder and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ if __package__ in (None, ""):
     runpy.run_module("quanttune.starter.train", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-MINUTES = {"vae": 12.0, "unet": 80.0, "classifier": 5.0}
+STAGES = ("data", "vae", "unet", "decoder", "classifier", "export")
+MINUTES = {"vae": 15.0, "unet": 150.0, "decoder": 15.0, "classifier": 5.0}
 """Default budgets on two CPU cores."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["data", "vae", "unet", "classifier", "export", "all"])
+    parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--minutes", type=float, help="time budget of the stage")
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent / "work")
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="one-threaded processes on a CPU")
+    parser.add_argument(
+        "--from-shipped", action="store_true",
+        help="start unet and vae from the shipped files, when the work folder has no state yet",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -40,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from .common import Run, prepare_host
 
     prepare_host(args.device)
-    stages = ["data", "vae", "unet", "classifier", "export"]
-    for stage in stages if args.stage == "all" else [args.stage]:
+    for stage in STAGES if args.stage == "all" else [args.stage]:
         minutes = args.minutes or MINUTES.get(stage, 0)
         run = Run(args.work, stage, minutes, args.device)
         from . import stage_data
@@ -50,12 +54,16 @@ def main(argv: list[str] | None = None) -> None:
         if stage == "vae":
             from . import stage_vae
 
-            model = stage_vae.train(run, data, args.workers)
-            stage_vae.latents(args.work, data, model, run.device)
+            model = stage_vae.train(run, data, args.workers, shipped=args.from_shipped)
+            stage_vae.latents(args.work, data, model, run.device, args.workers)
         elif stage == "unet":
             from . import stage_unet
 
-            stage_unet.train(run, args.pictures, args.workers)
+            stage_unet.train(run, args.pictures, args.workers, args.from_shipped)
+        elif stage == "decoder":
+            from . import stage_vae
+
+            stage_vae.train_decoder(run, data, args.workers)
         elif stage == "classifier":
             from . import stage_classifier
 

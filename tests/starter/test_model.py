@@ -1,0 +1,97 @@
+"""The shipped files: their size, and that the host makes obedient pictures from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "starter"
+FILES = ("unet", "clip", "vae", "classifier")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """MODEL, CLIP and VAE as the host's executor would hold them."""
+    from quanttune.starter.common import prepare_host
+
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("comfy")
+    prepare_host("cuda" if torch.cuda.is_available() else "cpu")
+    from quanttune.starter.load import load_starter
+
+    with torch.inference_mode():
+        return load_starter()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """The shipped judge of pictures."""
+    from quanttune.starter.classifier import load_classifier
+
+    return load_classifier()
+
+
+def test_all_files_together_stay_small():
+    assert sum((FOLDER / f"{name}.safetensors").stat().st_size for name in FILES) <= 24e6
+
+
+def test_the_model_is_an_ordinary_one(parts):
+    model, clip, vae = parts
+    factory, args = model.cached_patcher_init
+    assert factory(*args, disable_dynamic=True).model_size() == model.model_size()
+    assert type(model.model.model_sampling).__mro__[1].__name__ == "ModelSamplingDiscrete"
+    assert vae.latent_channels == 4
+
+
+def test_a_prompt_with_unknown_words_and_a_long_one_still_encode(parts):
+    _, clip, _ = parts
+    from quanttune.starter.config import CLIP, TOKENS
+
+    short = clip.encode_from_tokens(clip.tokenize("a xylophone of gossamer"))
+    assert short.shape == (1, TOKENS, CLIP["hidden_size"])
+    assert short.isfinite().all()
+    long = clip.encode_from_tokens(clip.tokenize("a red star on a blue background, " * 8))
+    assert long.shape[1] % TOKENS == 0 and long.shape[1] > TOKENS
+
+
+def test_a_few_steps_give_pictures(parts):
+    from quanttune.starter.evaluate import generate
+
+    pictures = generate(*parts, ["a red star on a blue background"] * 2, steps=3)
+    assert pictures.shape == (2, 128, 128, 3)
+    assert 0 <= pictures.min() and pictures.max() <= 1
+
+
+def test_the_classifier_reads_pictures_it_never_saw(classifier):
+    from quanttune.starter.stage_classifier import accuracy
+
+    right = accuracy(classifier, 300)
+    assert right["colour"] >= 0.95 and right["shape"] >= 0.95 and right["background"] >= 0.95
+
+
+def test_the_autoencoder_keeps_what_a_picture_shows(parts, classifier):
+    import numpy as np
+    import torch
+
+    from quanttune.starter.generator import render, sample
+
+    scenes = [sample(900_000 + i, held=None) for i in range(24)]
+    pictures = torch.from_numpy(np.stack([render(s) for s in scenes])).float() / 255
+    with torch.inference_mode():
+        again = parts[2].decode(parts[2].encode(pictures)).cpu()
+    assert -10 * torch.log10((again - pictures).square().mean()) > 22
+    said = classifier.read(again)
+    for name in ("shape", "colour", "background"):
+        right = np.mean([a[name] == getattr(s, name) for a, s in zip(said, scenes)])
+        assert right >= 0.85, name
+
+
+def test_pictures_obey_their_prompts(parts, classifier):
+    from quanttune.starter.evaluate import generate, held_out_prompts, obedience
+
+    prompts = held_out_prompts(12)
+    pictures = generate(*parts, [text for _, text in prompts], steps=12)
+    right = obedience([s for s, _ in prompts], pictures, classifier)
+    # Chance is 0.1 for each.
+    assert right["shape"] >= 0.5 and right["colour"] >= 0.5 and right["background"] >= 0.5
