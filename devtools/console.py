@@ -89,11 +89,15 @@ _CAUSES: Sequence[tuple[str, str]] = (
         "cache as much again) and run the same command again",
     ),
     (
+        r"CERTIFICATE_VERIFY|invalid peer certificate",
+        "the certificate of the package index is not trusted here: name your network's "
+        "certificate file in SSL_CERT_FILE and PIP_CERT, then run the same command again",
+    ),
+    (
         r"dns error|name resolution|getaddrinfo|[Cc]onnection refused|tcp connect"
         r"|NewConnectionError|Max retries|[Tt]imed out|ConnectTimeout|Failed to fetch"
         r"|Network is unreachable"
-        r"|error sending request|Connection reset|CERTIFICATE_VERIFY|invalid peer certificate"
-        r"|IncompleteRead|ProxyError",
+        r"|error sending request|Connection reset|IncompleteRead|ProxyError",
         "the package index could not be reached: check the network, the proxy or the index you "
         "have configured, then run the same command again (what was downloaded is kept)",
     ),

@@ -142,26 +142,31 @@ def _uv(log: Path) -> list[str] | None:
     return command
 
 
-def _index_variables(python: str | Path) -> dict[str, str]:
+def _index_variables() -> dict[str, str]:
     """Hand pip's configured index and certificate to uv, which does not read pip's settings.
 
     Only the main index: extra places may hold a torch built for another trio.
     """
-    chosen: dict[str, str] = {"UV_HTTP_TIMEOUT": os.environ.get("UV_HTTP_TIMEOUT", "120")}
-    if not any(
-        name in os.environ for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_CONFIG_FILE")
-    ):
-        index = os.environ.get("PIP_INDEX_URL") or _pip_setting(python, "global.index-url")
+    # The system's certificates count, as they do for pip; the second name is that of older uv.
+    chosen = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    chosen["UV_HTTP_TIMEOUT"] = os.environ.get("UV_HTTP_TIMEOUT", "120")
+    own = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_CONFIG_FILE")
+    if not any(name in os.environ for name in own):
+        index = os.environ.get("PIP_INDEX_URL") or _pip_setting("global.index-url")
         if index:
             chosen["UV_DEFAULT_INDEX"] = index
-    certificate = os.environ.get("PIP_CERT") or _pip_setting(python, "global.cert")
-    if certificate and "SSL_CERT_FILE" not in os.environ:
-        chosen["SSL_CERT_FILE"] = certificate
+    if "SSL_CERT_FILE" not in os.environ:
+        certificate = os.environ.get("PIP_CERT") or _pip_setting("global.cert")
+        if certificate:
+            chosen["SSL_CERT_FILE"] = certificate
     return chosen
 
 
-def _pip_setting(python: str | Path, name: str) -> str:
-    command = [str(python), "-m", "pip", "config", "get", name]
+def _pip_setting(name: str) -> str:
+    # The interpreter itself may come without pip; the installer's environment has one.
+    bootstrap = venv_python(DEV / "bootstrap")
+    python = str(bootstrap) if bootstrap.exists() else BASE_PYTHON
+    command = [python, "-m", "pip", "config", "get", name]
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -182,7 +187,7 @@ def _ensure_venv(venv: Path, log: Path) -> Path:
         command = [*uv, "venv", "--seed", "--python", BASE_PYTHON, str(venv)]
     else:
         command = [BASE_PYTHON, "-m", "venv", str(venv)]
-    env = clean_environment(_index_variables(BASE_PYTHON))
+    env = clean_environment(_index_variables())
     run_logged(command, "creating the virtual environment", log, env=env)
     _stamp(stamp, made_from)
     return python
@@ -221,7 +226,7 @@ def _install(venv: Path, host: Path, python: Path, log: Path) -> None:
 
     cut = venv / "installing"
     cut.touch()
-    env = clean_environment(_index_variables(python))
+    env = clean_environment(_index_variables())
     label = "installing ComfyUI's and the pack's requirements"
     run_logged(command, label, log, env=env, detail=written)
     code = "import torch, torchvision, torchaudio, aiohttp, comfyui_frontend_package"
