@@ -40,11 +40,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         parents=[common],
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[common])
+        return commands.add_parser(
+            name, help=text, description=text, parents=[common], allow_abbrev=False
+        )
 
     add("demo", "set everything up, run the main job on the CPU, leave pictures in demo-output/")
     add("test", "run the tests; all further arguments go to pytest")
@@ -87,9 +90,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
+    arguments, script = jobs.script_arguments(arguments)
     options, rest = parser.parse_known_args(arguments)
-    if rest[:1] == ["--"]:
-        rest = rest[1:]
+    rest = script or (rest[1:] if rest[:1] == ["--"] else rest)
     if rest and options.command in ("demo", "workflow", "clean"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     end_on_sigterm()

@@ -197,6 +197,16 @@ def python(env: Environment, arguments: Sequence[str]) -> int:
     return wait_for(subprocess.Popen([str(env.python), *arguments], env=env.variables()))
 
 
+def script_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off what follows the command `python`, which belongs to the script untouched."""
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("-"):
+        place += 2 if arguments[place] == "--comfyui" else 1
+    if list(arguments[place : place + 1]) == ["python"]:
+        return list(arguments[: place + 1]), list(arguments[place + 1 :])
+    return list(arguments), []
+
+
 def clean() -> int:
     """Delete the managed folder and the demo's pictures; the user's models in it are kept."""
     models = [p for p in (DEV / "ComfyUI" / "models").rglob("*.safetensors") if p.is_file()]

@@ -339,6 +339,12 @@ class TestCommandLine:
         assert (checkout / "devtools" / "jobs.py").exists()
         assert (checkout / ".dev-models" / "mine.safetensors").exists()
 
+    def test_the_scripts_arguments_reach_it_untouched(self):
+        script = ["x.py", "--verbose", "-h", "--comfyui", "--", "a"]
+        found = jobs.script_arguments(["--comfyui", "python", "python", *script])
+        assert found == (["--comfyui", "python", "python"], script)
+        assert jobs.script_arguments(["test", "python"]) == (["test", "python"], [])
+
     def test_wrong_arguments(self, checkout):
         assert self.run(checkout, "dance").returncode == 2
         assert self.run(checkout, "demo", "--fast").returncode == 2
