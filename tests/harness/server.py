@@ -65,7 +65,7 @@ def comfy_server(tmp_path_factory) -> Iterator[ComfyServer]:
     """The real server on the CPU, in a folder of its own, the pack its only custom node."""
     server = ComfyServer(host_environment(), tmp_path_factory.mktemp("comfyui"))
     try:
-        server.wait(timeout=180)
+        server.wait(timeout=300)
         assert not server.failed_imports(), server.pack_problem() or server.log_text()[-4000:]
         yield server
     finally:
