@@ -89,6 +89,11 @@ _CAUSES: Sequence[tuple[str, str]] = (
         "cache as much again) and run the same command again",
     ),
     (
+        r"ensurepip is not|No module named '?(ensurepip|venv)",
+        "this Python cannot make virtual environments: install its venv package "
+        "(Debian and Ubuntu: apt install python3-venv) or uv, then run the same command again",
+    ),
+    (
         r"CERTIFICATE_VERIFY|invalid peer certificate",
         "the certificate of the package index is not trusted here: name your network's "
         "certificate file in SSL_CERT_FILE and PIP_CERT, then run the same command again",

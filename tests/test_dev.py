@@ -224,6 +224,9 @@ class TestFailures:
             ("error: Failed to fetch: `http://127.0.0.1:9/simple/`", "could not be reached"),
             ("Temporary failure in name resolution", "could not be reached"),
             ("ERROR: Package 'x' requires a different Python: 3.9.1; Requires-Python", "version"),
+            ("created successfully because ensurepip is not available", "venv package"),
+            ("invalid peer certificate: UnknownIssuer", "is not trusted"),
+            ("No matching distribution found for x", "does not offer"),
             ("something else", ""),
         ],
     )
