@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +169,19 @@ def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
 def open_page(context: Any, url: str) -> Frontend:
     """Open the frontend of the server at `url` in a new tab."""
     return Frontend(context.new_page(), url)
+
+
+def _convert(url: str, source: str, target: str) -> None:
+    """Write the graph in API format of the workflow file `source` to the file `target`."""
+    workflow = json.loads(Path(source).read_text("utf-8"))
+    with browser() as context:
+        page = open_page(context, url)
+        page.load(workflow)
+        Path(target).write_text(json.dumps(page.graph_to_prompt()["output"]), "utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        _convert(*sys.argv[1:4])
+    except Stop as stop:
+        sys.exit(str(stop))

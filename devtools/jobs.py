@@ -58,20 +58,8 @@ def _to_graph(host: HostProcess, workflow: dict[str, Any], info: dict[str, Any])
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "workflow.json"), Path(folder, "graph.json")
             source.write_text(json.dumps(workflow), "utf-8")
-            code = (
-                "import json, sys\n"
-                "from quanttune.devtools.console import Stop\n"
-                "from quanttune.devtools.frontend import browser, open_page\n"
-                "try:\n"
-                "    with browser() as context:\n"
-                "        page = open_page(context, sys.argv[1])\n"
-                "        page.load(json.load(open(sys.argv[2], encoding='utf-8')))\n"
-                "        graph = page.graph_to_prompt()['output']\n"
-                "    json.dump(graph, open(sys.argv[3], 'w', encoding='utf-8'))\n"
-                "except Stop as stop:\n"
-                "    sys.exit(str(stop))\n"
-            )
-            command = [str(host.env.python), "-c", code, host.client.url, str(source), str(target)]
+            command = [str(host.env.python), "-m", "quanttune.devtools.frontend"]
+            command += [host.client.url, str(source), str(target)]
             done = subprocess.run(
                 command, capture_output=True, text=True, env=host.env.variables(), cwd=folder
             )

@@ -2,7 +2,8 @@
 
 import pytest
 
-from quanttune.devtools.graph import to_api
+from quanttune.devtools import jobs
+from quanttune.devtools.graph import NeedsFrontend, to_api
 from quanttune.tests.harness.browser import ARTIFACTS
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
@@ -100,3 +101,19 @@ def test_one_of_each_converts_as_in_the_frontend(frontend_page, comfy_server):
     for id_, entry in expected.items():
         assert converted[id_]["inputs"] == entry["inputs"], entry["class_type"]
         assert converted[id_]["class_type"] == entry["class_type"]
+
+
+def test_what_the_conversion_cannot_do_is_left_to_the_frontend(
+    browser_context, comfy_server, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise NeedsFrontend("The workflow has a subgraph.")
+
+    info = comfy_server.client.object_info()
+    expected = to_api(one_of_each(), info)
+    monkeypatch.setattr(jobs, "to_api", refuse)
+    found = jobs._to_graph(comfy_server, one_of_each(), info)
+    assert {i: n["inputs"] for i, n in found.items()} == {
+        i: n["inputs"] for i, n in expected.items()
+    }
+    assert "subgraph" in capsys.readouterr().out
