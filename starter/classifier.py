@@ -26,7 +26,7 @@ ATTRIBUTES = {
 }
 """Attribute -> its values in the order of the outputs."""
 
-FEATURES = 192
+FEATURES = 128
 
 
 def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -43,9 +43,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             block(3, 24, 2), block(24, 32, 2), block(32, 48, 1), block(48, 64, 2),
-            block(64, 64, 1), block(64, 96, 2), block(96, 96, 2),
+            block(64, 64, 1), block(64, 96, 2), block(96, 80, 2),
         )  # fmt: skip
-        self.features = nn.Linear(96 * 16, FEATURES)
+        self.features = nn.Linear(80 * 16, FEATURES)
         self.heads = nn.ModuleDict({k: nn.Linear(FEATURES, len(v)) for k, v in ATTRIBUTES.items()})
 
     def embed(self, pictures: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """Stage 3: the diffusion model and its text encoder, trained together on the latents.
 
-Noise prediction on SD1.5's schedule (Ho et al. 2020; Rombach et al. 2022), min-SNR weights with
-gamma 5 (Hang et al. 2023), captions dropped for classifier-free guidance (Ho & Salimans 2022).
+Noise prediction on SD1.5's schedule (Ho et al. 2020; Rombach et al. 2022), captions dropped for
+classifier-free guidance (Ho & Salimans 2022).
+Each timestep's error is weighted by min(SNR^-1/2, 5): between the plain noise loss and the
+velocity loss (Hang et al. 2023 discuss the family). Plain noise loss, or min-SNR, gives the noisy
+timesteps, where the words decide shape, colour and background, almost no say.
 """
 
 from __future__ import annotations
@@ -105,7 +108,7 @@ def train(
             out = unet(x, t.float(), context=text(rows)).float()
         error = (out - noise).square().mean((1, 2, 3))
         snr = level.flatten() / (1 - level.flatten())
-        loss = (error * snr.clamp(max=5.0) / snr).mean()
+        loss = (error * snr.rsqrt().clamp(max=5.0)).mean()
         return loss, {"loss": loss, "mse": error.mean()}
 
     parallel.train(run, [unet, text], loss_of, rate=1e-3, decay=1e-2, ema=0.9995, workers=workers)
