@@ -312,7 +312,7 @@ class TestCommandLine:
         assert done.returncode == 1
         assert "Traceback" not in done.stdout + done.stderr
         last = done.stdout.strip().splitlines()[-1]
-        assert last.startswith("dev.py: ") and "could not be reached" in last
+        assert last.startswith("dev.py: ") and "check the network" in last
 
     @pytest.mark.parametrize(
         ("arguments", "expected"),

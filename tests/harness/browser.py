@@ -14,9 +14,11 @@ from quanttune.devtools.frontend import Frontend, browser, find_chromium, open_p
 ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"
 
 
-@pytest.fixture(scope="session")
+# Not for the whole run: while Playwright's synchronous interface is open, an event loop runs in
+# this thread, and no other test could use asyncio.
+@pytest.fixture(scope="module")
 def browser_context() -> Iterator[Any]:
-    """One Chromium for all browser tests; missing is a failure under CI, else a skip."""
+    """One Chromium for the browser tests of a file; missing it fails under CI, else they skip."""
     if find_chromium() is None:
         reason = "no Chromium found: install it, or name it in QUANTTUNE_CHROMIUM"
         if os.environ.get("CI"):

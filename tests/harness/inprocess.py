@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,7 +47,10 @@ def pack_nodes() -> dict[str, type]:
         await extension.on_load()
         return await extension.get_node_list()
 
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+    # In a thread, since a browser test has an event loop running in this one.
+    with ThreadPoolExecutor(1) as thread:
+        nodes = thread.submit(asyncio.run, listed()).result()
+    return {node.GET_SCHEMA().node_id: node for node in nodes}
 
 
 @pytest.fixture(scope="session")
