@@ -23,6 +23,7 @@ from quanttune.quant import (
     save_quantized_unet,
     save_scale_set,
 )
+from quanttune.starter.common import prepare_host
 
 HERE = Path(__file__).resolve().parent
 
@@ -84,8 +85,9 @@ def train(model, clip, vae, pictures, captions, num_experts, steps, batch, rate,
 
     comfy.model_management.load_models_gpu([model])
     base, unet = model.model, model.model.diffusion_model
-    latents = base.process_latent_in(vae.encode(pictures)).float().clone()
-    context = torch.cat([clip.encode_from_tokens(clip.tokenize(c)) for c in captions]).clone()
+    with torch.no_grad():
+        latents = base.process_latent_in(vae.encode(pictures)).float()
+        context = torch.cat([clip.encode_from_tokens(clip.tokenize(c)) for c in captions])
     parameters = ScaleParameters(layer_shapes(unet), num_experts)
     optimizers = [torch.optim.AdamW(parameters.parameters_of(i), lr=rate, weight_decay=0.0)
                   for i in range(num_experts)]
@@ -150,9 +152,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
 
-    import comfy.options
-    comfy.options.enable_args_parsing(False)
-
+    prepare_host("cuda" if torch.cuda.is_available() else "cpu")
     model, clip, vae = quantized_starter(options.bits)
     pictures, captions = read_subject(HERE / "subjects" / options.subject)
     scales = train(model, clip, vae, pictures, captions, options.experts, options.steps,
