@@ -21,8 +21,9 @@ from .config import CLIP, TOKENS, VOCABULARY_SIZE
 FOLDER = Path(__file__).resolve().parent
 
 
-def load_starter(embedding_directory=None, model_options: dict | None = None,
-                 folder: Path | str | None = None):
+def load_starter(
+    embedding_directory=None, model_options: dict | None = None, folder: Path | str | None = None
+):
     """Load the three parts of the starter model.
 
     embedding_directory: the host's folders of textual-inversion embeddings, or None.

@@ -111,8 +111,11 @@ def _work(index: int, run: Run, flat: FlatAdamW, loss_of: Callable, shared, lock
         start = start or (int(flat.counts), run.used)
         if seen % 50 == 0:
             speed = (int(flat.counts) - start[0]) / max(run.used - start[1], 1e-6)
-            run.log(step=int(flat.counts), per_second=round(speed, 2),
-                    **{k: round(v / seen, 4) for k, v in sums.items()})
+            run.log(
+                step=int(flat.counts),
+                per_second=round(speed, 2),
+                **{k: round(v / seen, 4) for k, v in sums.items()},
+            )
             sums, seen = {}, 0
         if time.monotonic() - saved > 60:
             with lock:
@@ -120,8 +123,15 @@ def _work(index: int, run: Run, flat: FlatAdamW, loss_of: Callable, shared, lock
             saved = time.monotonic()
 
 
-def train(run: Run, modules: list, loss_of: Callable, rate: float, decay: float = 1e-2,
-          ema: float = 0.999, workers: int = 2) -> FlatAdamW:
+def train(
+    run: Run,
+    modules: list,
+    loss_of: Callable,
+    rate: float,
+    decay: float = 1e-2,
+    ema: float = 0.999,
+    workers: int = 2,
+) -> FlatAdamW:
     """Train `modules` within the run's budget and leave the averaged weights in them.
 
     loss_of(share, ticket, generator) -> (loss, {name: figure}): `share` 0..1 of the budget,
@@ -137,8 +147,10 @@ def train(run: Run, modules: list, loss_of: Callable, rate: float, decay: float 
     lock = mp.get_context("fork").Lock()
     rest = (run, flat, loss_of, shared, lock, rate)
     if run.device.type == "cpu":
-        helpers = [mp.get_context("fork").Process(target=_work, args=(i, *rest), daemon=True)
-                   for i in range(1, workers)]
+        helpers = [
+            mp.get_context("fork").Process(target=_work, args=(i, *rest), daemon=True)
+            for i in range(1, workers)
+        ]
         for helper in helpers:
             helper.start()
     _work(0, *rest)

@@ -16,17 +16,18 @@ from .parallel import bind_average
 from .stage_classifier import build as build_classifier
 from .stage_classifier import calibrate
 from .stage_unet import build_unet
-from .stage_vae import build
+from .stage_vae import finished
 from .text import TextEncoder, Vocabulary
 
 LICENCE = "Apache-2.0"
 
 
-def averaged(work: Path, stage: str, modules: list[torch.nn.Module]) -> None:
-    """Put a stage's averaged weights in its modules; the start values when it has not run."""
+def averaged(work: Path, stage: str, modules: list[torch.nn.Module]) -> bool:
+    """Put a stage's averaged weights in its modules; False when the stage has not run."""
     path = Path(work) / f"{stage}.ckpt"
     if path.exists():
         bind_average(modules, torch.load(path, weights_only=True, map_location="cpu"))
+    return path.exists()
 
 
 def write(state: dict, path: Path, **metadata: str) -> None:
@@ -36,26 +37,26 @@ def write(state: dict, path: Path, **metadata: str) -> None:
         for k, v in state.items()
     }
     save_file(half, path, {"format": "pt", "licence": LICENCE, **metadata})
+    path.chmod(0o644)
     print(path.name, round(path.stat().st_size / 1e6, 2), "MB")
 
 
 def export(work: Path, folder: Path = ROOT) -> None:
-    """Write unet, clip, vae and classifier files into `folder`."""
+    """Write the files of the stages that have run in `work` into `folder`; others stay."""
     unet, vocabulary = build_unet(), Vocabulary()
     text = TextEncoder(len(vocabulary.ids))
-    averaged(work, "unet", [unet, text])
-    write(unet.state_dict(), folder / "unet.safetensors", unet_config=json.dumps(UNET))
-    state = text.model.state_dict()
-    state["token_rows"] = state.pop("text_model.embeddings.token_embedding.weight")
-    state["token_ids"] = torch.tensor(vocabulary.ids[1:], dtype=torch.int32)
-    write(state, folder / "clip.safetensors")
-    vae = build()
-    averaged(work, "vae", [vae])
-    if (Path(work) / "decoder.ckpt").exists():
-        vae.taesd_encoder.requires_grad_(False)
-        averaged(work, "decoder", [vae])
-    write(vae.state_dict(), folder / "vae.safetensors")
+    if averaged(work, "unet", [unet, text]):
+        write(unet.state_dict(), folder / "unet.safetensors", unet_config=json.dumps(UNET))
+        state = text.model.state_dict()
+        state["token_rows"] = state.pop("text_model.embeddings.token_embedding.weight")
+        state["token_ids"] = torch.tensor(vocabulary.ids[1:], dtype=torch.int32)
+        write(state, folder / "clip.safetensors")
+    vae = finished(work)
+    vae.taesd_encoder.requires_grad_(False)
+    refined = averaged(work, "decoder", [vae])
+    if refined or (Path(work) / "vae.ckpt").exists():
+        write(vae.state_dict(), folder / "vae.safetensors")
     classifier = build_classifier()
-    averaged(work, "classifier", [classifier])
-    calibrate(classifier, np.stack([render(sample(SEED + i, held=None)) for i in range(1024)]))
-    write(classifier.state_dict(), folder / "classifier.safetensors")
+    if averaged(work, "classifier", [classifier]):
+        calibrate(classifier, np.stack([render(sample(SEED + i, held=None)) for i in range(1024)]))
+        write(classifier.state_dict(), folder / "classifier.safetensors")

@@ -111,26 +111,26 @@ def latent_loss(z: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    run: Run, data: np.ndarray, workers: int, encoder: dict | None = None, shipped: bool = False
+    run: Run,
+    data: np.ndarray,
+    workers: int,
+    start: torch.nn.Module | None = None,
+    frozen_encoder: bool = False,
 ) -> torch.nn.Module:
     """Train within the run's budget; returns the model with averaged weights.
 
-    encoder: the saved state of a finished run; then only the decoder goes on learning, so that
-    latents made with that encoder stay true. shipped: start from the shipped file.
+    start: the model to go on with, else a random one. frozen_encoder: only the decoder learns, so
+    that latents made with this encoder stay true.
     """
-    model = build().to(run.device)
-    if shipped:
-        restore_vae(model)
-    if encoder is not None:
-        parallel.bind_average([model], encoder)
-        model.taesd_encoder.requires_grad_(False)
+    model = (start or build()).to(run.device)
+    model.taesd_encoder.requires_grad_(not frozen_encoder)
     busy = np.stack([clutter(SEED + i) for i in range(CLUTTERED)])
 
     def loss_of(share, ticket, generator):
         rng = np.random.default_rng((SEED, ticket))
         source = busy if rng.random() < 0.3 else data
         crop, batch = PLAN[-1][1:]
-        if encoder is None:
+        if not frozen_encoder:
             crop, batch = next((c, b) for end, c, b in PLAN if share <= end)
         x = crops(source, rng, crop, batch).to(run.device, memory_format=torch.channels_last)
         with torch.autocast(run.device.type, torch.bfloat16):
@@ -139,17 +139,23 @@ def train(
             out = model.taesd_decoder(z + 0.06 * noise).float()
         fit = picture_loss(out, x)
         psnr = -10 * torch.log10((out.detach().clamp(0, 1) - x).square().mean())
-        loss = fit if encoder is not None else fit + 0.1 * latent_loss(z)
+        loss = fit if frozen_encoder else fit + 0.1 * latent_loss(z)
         return loss, {"fit": fit, "psnr": psnr, "std": z.std()}
 
     parallel.train(run, [model], loss_of, rate=5e-4, decay=1e-4, ema=0.995, workers=workers)
     return model
 
 
-def train_decoder(run: Run, data: np.ndarray, workers: int) -> torch.nn.Module:
-    """Refine the decoder alone, on the encoder that the `vae` stage left."""
-    state = torch.load(run.work / "vae.ckpt", weights_only=True, map_location="cpu")
-    return train(run, data, workers, encoder=state)
+def finished(work: Path) -> torch.nn.Module:
+    """The autoencoder that the `vae` stage left in the work folder, else the shipped one."""
+    model = build()
+    path = Path(work) / "vae.ckpt"
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        parallel.bind_average([model], state)
+    else:
+        restore_vae(model)
+    return model
 
 
 @torch.inference_mode()

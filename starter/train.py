@@ -30,9 +30,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="one-threaded processes on a CPU")
     parser.add_argument(
-        "--from-shipped", action="store_true",
-        help="start unet and vae from the shipped files, when the work folder has no state yet",
-    )  # fmt: skip
+        "--start",
+        choices=["random", "shipped"],
+        default="random",
+        help="what unet and vae start from when the work folder has no state of theirs yet",
+    )
     return parser.parse_args(argv)
 
 
@@ -54,16 +56,19 @@ def main(argv: list[str] | None = None) -> None:
         if stage == "vae":
             from . import stage_vae
 
-            model = stage_vae.train(run, data, args.workers, shipped=args.from_shipped)
+            start = stage_vae.finished(args.work) if args.start == "shipped" else None
+            model = stage_vae.train(run, data, args.workers, start)
             stage_vae.latents(args.work, data, model, run.device, args.workers)
         elif stage == "unet":
-            from . import stage_unet
+            from . import stage_unet, stage_vae
 
-            stage_unet.train(run, args.pictures, args.workers, args.from_shipped)
+            model = stage_vae.finished(args.work).to(run.device)
+            stage_vae.latents(args.work, data, model, run.device, args.workers)
+            stage_unet.train(run, args.pictures, args.workers, args.start == "shipped")
         elif stage == "decoder":
             from . import stage_vae
 
-            stage_vae.train_decoder(run, data, args.workers)
+            stage_vae.train(run, data, args.workers, stage_vae.finished(args.work), True)
         elif stage == "classifier":
             from . import stage_classifier
 
