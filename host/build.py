@@ -76,7 +76,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: boo
         state[f"{layer}.weight"] = wrap(weight, compute_dtype)
     try:
         model = config.get_model(state, "")
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # the host's own classes meet what may be a hostile description
         raise QuantTuneError(
             f"'{name}' describes a {metadata.family} UNet that this ComfyUI cannot build "
             f"({error}); quantize the original model again with this version.") from error
@@ -104,7 +104,11 @@ def _model_config(metadata, name):
             "know; update ComfyUI.")
     config = config_class(dict(metadata.unet_config))
     # Some families look for marker tensors of the original file to tell their prediction type.
-    prediction = comfy.model_base.ModelType[metadata.model_type]
+    prediction = comfy.model_base.ModelType.__members__.get(metadata.model_type)
+    if prediction is None:
+        raise QuantTuneError(
+            f"'{name}' has the prediction type '{metadata.model_type}', which this ComfyUI does "
+            "not know; update ComfyUI or quantize the original model again.")
     config.model_type = lambda state_dict, prefix="": prediction
     config.sampling_settings.update(metadata.sampling_settings)
     return config

@@ -68,6 +68,9 @@ def _find(folders, name, where) -> str:
 
 def output_path(prefix: str) -> str:
     """A new numbered .safetensors path in the output folder, as ComfyUI's own savers name them."""
+    if not prefix.strip() or "\0" in prefix:
+        raise QuantTuneError("The file name is empty or holds a NUL character; use a plain name "
+                             "such as 'quanttune/my_model'.")
     directory = folder_paths.get_output_directory()
     try:
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, directory)

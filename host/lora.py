@@ -7,7 +7,7 @@ from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from .layout import is_uniform
-from .ops import _ScaledOp
+from .ops import scaled_layers
 
 KEY = "quanttune_lora"
 
@@ -26,17 +26,40 @@ def keep_integers_under_patches(patcher) -> None:
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _forget)
 
 
+def _is_patch(function) -> bool:
+    return getattr(function, "is_lowvram_patch", False)
+
+
+class _Functions(list):
+    """Weight functions of a layer, at most one of them the host's patch, which acts first.
+
+    The host appends its patch again when it unloads a layer that has one already.
+    """
+
+    def append(self, function):
+        if _is_patch(function):
+            self[:] = [function, *(f for f in self if not _is_patch(f))]
+        else:
+            super().append(function)
+
+
 def _unbake(patcher, device_to, *_):
-    for key in [k for k in patcher.backup if k.endswith(".weight")]:
-        original = patcher.backup[key].weight
-        module = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
-        if not (is_uniform(original) and isinstance(module, _ScaledOp)):
+    for name, module in scaled_layers(patcher.model).items():
+        key = f"{name}.weight"
+        baked = key in patcher.backup
+        original = patcher.backup[key].weight if baked else module.weight
+        if not is_uniform(original):
             continue
-        comfy.utils.set_attr_param(patcher.model, key, original.to(device=device_to))
-        del patcher.backup[key]
-        module.weight_function = [LowVramPatch(key, patcher.patches), *module.weight_function]
-        # Without this the host would leave the functions of a fully loaded layer in place when
-        # the model is handed to a clone with other patches.
+        if baked:
+            comfy.utils.set_attr_param(patcher.model, key, original.to(device=device_to))
+            if not patcher.is_dynamic():
+                del patcher.backup[key]
+        if getattr(module, "weight_lowvram_function", None) is not None:
+            # Dynamic VRAM would write the patched weight back, rounded, over the integers.
+            module.weight_lowvram_function = None
+        rest = [f for f in module.weight_function if not _is_patch(f)]
+        patch = [LowVramPatch(key, patcher.patches)] if key in patcher.patches else []
+        module.weight_function = _Functions([*patch, *rest])
         module.quanttune_unbaked = True
 
 

@@ -91,10 +91,10 @@ class _ScaledOp:
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Take a patched float weight from the host.
 
-        It is kept in the dtype the layer computes in rather than requantized, so that a patch
-        loses nothing; ``host.lora`` then replaces it by the integers plus the patch applied in
-        the forward, so that it does not stay in memory either. ``inplace_update`` is how the host
-        applies hooks (patches scheduled over the steps), which swap weights in mid-sampling.
+        Integers stay as they are: after each load ``host.lora`` makes the patch act in the
+        forward, so that nothing is rounded again and no float copy is kept. ``inplace_update`` is
+        how the host applies hooks (patches scheduled over the steps), which swap weights in
+        mid-sampling.
         """
         if inplace_update and is_uniform(self.weight):
             raise QuantTuneError(
@@ -103,6 +103,8 @@ class _ScaledOp:
         weight = weight.to(self.weight.dtype)
         if return_weight:
             return weight
+        if is_uniform(self.weight):
+            return None
         if inplace_update:
             self.weight.data.copy_(weight)
             return None

@@ -44,12 +44,24 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
     if quantized_model(patcher) is not None:
         raise QuantTuneError(
             "This MODEL is quantized already; connect 'Quantize UNet' to the float model instead.")
+    if patcher.injections:
+        raise QuantTuneError(
+            "This MODEL carries a bypass LoRA, which would stay on the float model; apply it after "
+            "'Quantize UNet' instead.")
     source = patcher.model
     layers_by_name = _quantizable_layers(source)
     kept = keep_float(list(layers_by_name), keep)
+    if len(kept) == len(layers_by_name):
+        raise QuantTuneError(f"'{keep}' keeps every layer in float, so that nothing would be "
+                             "quantized; choose fewer layers to keep.")
     shapes = {layer: tuple(m.weight.shape) for layer, m in layers_by_name.items()}
     splits = shortcut_splits(shapes) if split_shortcuts else {}
-    originals = patcher.get_key_patches(PREFIX)
+    try:
+        originals = patcher.get_key_patches(PREFIX)
+    except AttributeError as error:
+        raise QuantTuneError(
+            "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
+            "load the fp16 or bf16 file of the same model instead.") from error
 
     checkpoint = QuantizedCheckpoint(metadata=None, layers={}, floats={})
     report = QuantizationReport()
@@ -79,7 +91,9 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
     model = build_model(checkpoint, name, dtypes=dtypes)
     for attribute in ("model_sampling", "latent_format", "model_type", "concat_keys"):
         if hasattr(source, attribute):
-            setattr(model.model, attribute, getattr(source, attribute))
+            # The shared model may still carry a clone's object patch from the last sampling.
+            value = patcher.object_patches_backup.get(attribute, getattr(source, attribute))
+            setattr(model.model, attribute, value)
     return _adopt(patcher, model), report
 
 

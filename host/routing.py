@@ -32,12 +32,12 @@ class ScaleRouter:
 
         One row when all samples share their experts, else one row a sample.
         """
-        self.bank = self.bank.to(timesteps.device)
+        bank = self.bank = self.bank.to(timesteps.device)
         if timesteps.ndim > 1:  # models with a timestep a frame or token: the noisiest decides
             timesteps = timesteps.flatten(1).amax(1)
         # Read at each forward: nodes after this one may replace the model's sampling.
         convert, num_timesteps = timestep_units(self.model.model_sampling)
-        return self.bank.resolve(convert(timesteps), num_timesteps)
+        return bank.resolve(convert(timesteps), num_timesteps)
 
 
 def route_forwards(diffusion_model: torch.nn.Module) -> None:
@@ -89,6 +89,8 @@ def timestep_units(model_sampling):
     log-sigma use the position of that sigma in the model's own table.
     """
     kinds = {c.__name__ for c in type(model_sampling).__mro__}
+    if kinds & {"StableCascadeSampling", "ModelSamplingCosmosRFlow"}:
+        return lambda t: t, 1
     if kinds & {"ModelSamplingDiscreteEDM", "ModelSamplingContinuousEDM"}:
         def by_table(t):
             table = model_sampling.sigmas.to(t.device, torch.float32)

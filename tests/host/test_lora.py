@@ -177,3 +177,30 @@ def test_weight_wrappers_and_a_lora_act_together():
     reference.add_weight_wrapper(key, lambda weight: weight * 2)
     expected = models.forward(reference, arguments)
     assert models.relative(models.forward(wrapped, arguments), expected) < 1e-5
+
+
+def test_a_lora_acts_once_however_the_host_moves_layers():
+    quantized, _ = quantize(models.small_model())
+    lora = lora_file(quantized)
+    arguments = models.inputs(quantized)
+    patched = with_lora(quantized, lora)
+    whole = models.forward(patched, arguments)
+    cpu = torch.device("cpu")
+    patched.partially_unload(cpu, 200_000)
+    assert models.relative(models.forward(patched, arguments, load=False), whole) < 1e-6
+    patched.detach()
+    for budget in (1, 100_000, 300_000):
+        patched.patch_model(cpu, lowvram_model_memory=budget)
+        patched.partially_load(cpu, 200_000)
+        assert models.relative(models.forward(patched, arguments, load=False), whole) < 1e-6
+        patched.partially_load(cpu, 1 << 40)
+        assert models.relative(models.forward(patched, arguments, load=False), whole) < 1e-6
+        patched.detach()
+
+
+def test_a_bypass_lora_before_quantizing_is_refused():
+    from quanttune.quant import QuantTuneError
+
+    model = models.small_model()
+    with pytest.raises(QuantTuneError, match="after 'Quantize UNet'"):
+        quantize(with_lora(model, lora_file(model), bypass=True))
