@@ -200,7 +200,10 @@ def tables(numbers: dict[str, dict[str, float]]) -> list[tuple[str, list[Row]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both tables; ``--json FILE`` also writes the numbers."""
+    """Print both tables; ``--json FILE`` also writes the numbers.
+
+    Each number is there as ``sd15.params`` and as ``params`` of the object ``sd15``.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     options = parser.parse_args(argv)
@@ -210,7 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for quantity, ours, paper in rows:
             print(f"{quantity:42}{ours:>14}{paper:>10}")
     if options.json:
-        options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        flat = {f"{group}.{key}": value for group, part in numbers.items()
+                for key, value in part.items()}
+        text = json.dumps({**flat, **numbers}, indent=2)
+        options.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.supported_models
 import comfy.utils
 import torch
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, load_quantized_unet
 from ..quant import fingerprint as fingerprint_of
+from .describe import model_config
 from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
@@ -54,18 +54,19 @@ def load_model(path: str, name: str | None = None, disable_dynamic: bool = False
     return patcher
 
 
-def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: bool = False,
-                dtypes: tuple | None = None):
+def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,
+                attributes: dict | None = None, disable_dynamic: bool = False):
     """A ModelPatcher over ``checkpoint``.
 
     ``dtypes`` is ``(unet dtype, manual cast dtype or None)``; by default the host chooses as it
-    does for its own files. Raises QuantTuneError when the family is unknown to this ComfyUI or
-    the tensors do not fit the model.
+    does for its own files. ``attributes`` replace those of the host's model (its sampling, its
+    latent format). Raises QuantTuneError when the family is unknown to this ComfyUI or the
+    tensors do not fit the model.
     """
     metadata = checkpoint.metadata
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    config = _model_config(metadata, name)
+    config = model_config(checkpoint, name)
     unet_dtype, cast_dtype = dtypes or _choose_dtypes(checkpoint, config, load_device)
     config.set_inference_dtype(unet_dtype, cast_dtype, device=load_device)
     config.custom_operations = QuantTuneOps
@@ -74,15 +75,14 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: boo
     state = dict(checkpoint.floats)
     for layer, weight in checkpoint.layers.items():
         state[f"{layer}.weight"] = wrap(weight, compute_dtype)
-    try:
-        model = config.get_model(state, "")
-    except Exception as error:  # the host's own classes meet what may be a hostile description
-        raise QuantTuneError(
-            f"'{name}' describes a {metadata.family} UNet that this ComfyUI cannot build "
-            f"({error}); quantize the original model again with this version.") from error
+    _check_shapes(_construct(config, state, metadata, name, "meta"), state, name)
+    model = _construct(config, state, metadata, name)
     _fill(model.diffusion_model, state, name)
     route_forwards(model.diffusion_model)
     model.state_dict_for_saving = _refuse_stock_save
+    for attribute, value in (attributes or {}).items():
+        # A copy: the host moves each of its models to a device of its own.
+        setattr(model, attribute, copy.deepcopy(value))
 
     patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic
                      else comfy.model_patcher.CoreModelPatcher)
@@ -91,27 +91,8 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, disable_dynamic: boo
         model.to(offload_device)
     patcher.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, name))
     keep_integers_under_patches(patcher)
-    patcher.cached_patcher_init = (build_model, (checkpoint, name))
+    patcher.cached_patcher_init = (build_model, (checkpoint, name, dtypes, attributes))
     return patcher
-
-
-def _model_config(metadata, name):
-    config_class = getattr(comfy.supported_models, metadata.family, None)
-    if not (isinstance(config_class, type)
-            and issubclass(config_class, comfy.supported_models.supported_models_base.BASE)):
-        raise QuantTuneError(
-            f"'{name}' holds a model of family '{metadata.family}', which this ComfyUI does not "
-            "know; update ComfyUI.")
-    config = config_class(dict(metadata.unet_config))
-    # Some families look for marker tensors of the original file to tell their prediction type.
-    prediction = comfy.model_base.ModelType.__members__.get(metadata.model_type)
-    if prediction is None:
-        raise QuantTuneError(
-            f"'{name}' has the prediction type '{metadata.model_type}', which this ComfyUI does "
-            "not know; update ComfyUI or quantize the original model again.")
-    config.model_type = lambda state_dict, prefix="": prediction
-    config.sampling_settings.update(metadata.sampling_settings)
-    return config
 
 
 def _choose_dtypes(checkpoint, config, load_device):
@@ -130,16 +111,42 @@ def _refuse_stock_save(*args, **kwargs):
                          "quantized model.")
 
 
-def _fill(unet: torch.nn.Module, state: dict, name: str) -> None:
+def _construct(config, state, metadata, name, device=None):
     try:
-        missing, unexpected = unet.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
+        return config.get_model(state, "", device=device)
+    except Exception as error:  # the host's own classes meet what may be a hostile description
+        reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise QuantTuneError(
-            f"'{name}' does not fit the model it describes: {first[0].strip()}; quantize the "
-            "original model again.") from error
-    for keys, what in ((missing, "lacks"), (unexpected, "has an unknown")):
+            f"'{name}' describes a {metadata.family} UNet that this ComfyUI cannot build "
+            f"({reason[0]}); quantize the original model again with this version.") from error
+
+
+def _check_shapes(skeleton, state: dict, name: str) -> None:
+    """Refuse tensors that do not fit before any memory is taken for the model they describe."""
+    expected = {k: p.shape for k, p in skeleton.diffusion_model.named_parameters()}
+    for keys, what in ((expected.keys() - state.keys(), "lacks"),
+                       (state.keys() - skeleton.diffusion_model.state_dict().keys(),
+                        "has an unknown")):
         if keys:
             raise QuantTuneError(
-                f"'{name}' {what} tensor '{keys[0]}' ({len(keys)} such); the file is damaged or "
+                f"'{name}' {what} tensor '{min(keys)}' ({len(keys)} such); the file is damaged or "
                 "of another version, quantize the original model again.")
+    for key, shape in expected.items():
+        if tuple(state[key].shape) != tuple(shape):
+            raise QuantTuneError(
+                f"'{name}' does not fit the model it describes: {key} has shape "
+                f"{list(state[key].shape)} and the model expects {list(shape)}; quantize the "
+                "original model again.")
+
+
+def _fill(unet: torch.nn.Module, state: dict, name: str) -> None:
+    """Load the tensors; `_check_shapes` has looked at all but buffers."""
+    try:
+        missing, _ = unet.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = (str(error).splitlines()[1:2] or [str(error)])[0].strip()
+        raise QuantTuneError(f"'{name}' does not fit the model it describes: {reason}; quantize "
+                             "the original model again.") from error
+    if missing:
+        raise QuantTuneError(f"'{name}' lacks tensor '{missing[0]}'; the file is damaged, quantize "
+                             "the original model again.")

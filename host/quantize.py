@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import uuid
 
 import comfy.model_management
@@ -15,14 +13,16 @@ from ..quant import (
     QuantizedWeight,
     QuantSpec,
     QuantTuneError,
-    UNetMetadata,
     keep_float,
     shortcut_splits,
 )
 from .build import ATTACHMENT, build_model, quantized_model
+from .describe import describe
 from .ops import QuantTuneOps, scaled_layers
 
 PREFIX = "diffusion_model."
+ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
+"""What a MODEL may have of its own beside the defaults of its family."""
 
 
 def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "model",
@@ -85,16 +85,16 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
             value = convert(weight).detach().to("cpu")
             report.add_float(value)
             checkpoint.floats[local] = value
-    checkpoint.metadata = _describe(source, checkpoint, spec, keep, name, split_shortcuts)
+    checkpoint.metadata = describe(source, name, {
+        "source": name, "bits": spec.bits, "symmetric": spec.symmetric,
+        "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
+        "split_shortcuts": split_shortcuts})
 
-    dtypes = (source.get_dtype(), source.manual_cast_dtype)
-    model = build_model(checkpoint, name, dtypes=dtypes)
-    for attribute in ("model_sampling", "latent_format", "model_type", "concat_keys"):
-        if hasattr(source, attribute):
-            # The shared model may still carry a clone's object patch from the last sampling.
-            value = patcher.object_patches_backup.get(attribute, getattr(source, attribute))
-            setattr(model.model, attribute, value)
-    return _adopt(patcher, model), report
+    # The shared model may still carry a clone's object patch from the last sampling.
+    own = {name: patcher.object_patches_backup.get(name, getattr(source, name))
+           for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
+    dtypes = (source.get_dtype(), own.pop("manual_cast_dtype"))
+    return _adopt(patcher, build_model(checkpoint, name, dtypes, own)), report
 
 
 def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
@@ -112,28 +112,6 @@ def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
     return layers
 
 
-def _describe(source, checkpoint, spec, keep, name, split) -> UNetMetadata:
-    # The dtype is chosen anew where the file is loaded; other dtypes are the family's own, which
-    # it sets again itself.
-    config = {k: v for k, v in source.model_config.unet_config.items()
-              if not isinstance(v, torch.dtype)}
-    try:
-        config = json.loads(json.dumps(config))
-    except TypeError as error:
-        raise QuantTuneError(
-            f"The configuration of '{name}' cannot be written to a file ({error}); this model "
-            "family is not supported yet.") from error
-    return UNetMetadata(
-        family=type(source.model_config).__name__,
-        unet_config=config,
-        model_type=source.model_type.name,
-        sampling_settings=copy.deepcopy(source.model_config.sampling_settings),
-        provenance={"source": name, "bits": spec.bits, "symmetric": spec.symmetric,
-                    "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
-                    "split_shortcuts": split},
-    )
-
-
 def _adopt(source_patcher, built):
     """A clone of ``source_patcher`` (its patches, wrappers, options) over the ``built`` model."""
     clone = source_patcher.clone(model_override=built.get_clone_model_override())
@@ -141,6 +119,8 @@ def _adopt(source_patcher, built):
     clone.parent = None
     clone.clone_base_uuid = uuid.uuid4()
     clone.cached_patcher_init = built.cached_patcher_init
+    # A clone shares these with its source, whose float weights they would write over ours.
+    clone.hook_backup, clone.cached_hook_patches = {}, {}
     clone.set_attachments(ATTACHMENT, quantized_model(built))
     for call_type, by_key in built.callbacks.items():
         for key, callbacks in by_key.items():

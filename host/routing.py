@@ -53,6 +53,10 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
             return apply_scales(module, None)
         timesteps = (args[1] if len(args) > 1
                      else kwargs.get("timesteps", kwargs.get("timestep")))
+        if timesteps is None:
+            raise QuantTuneError(
+                f"A {type(module).__name__} model is not told the timestep in a way that scales "
+                "can follow; remove 'Apply TuneQDM Scales'.")
         return apply_scales(module, router.resolve(timesteps))
 
     diffusion_model.register_forward_pre_hook(route, with_kwargs=True)

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..host.quantize import quantize_model
-from ..quant import QUANTIZE_PRESETS, QuantSpec
+from ..quant import QUANTIZE_PRESETS, QuantSpec, QuantTuneError
 
 PATTERN = "pattern"
 
@@ -61,5 +61,9 @@ class QuantizeUNet(io.ComfyNode):
                 split_shortcuts) -> io.NodeOutput:
         spec = QuantSpec(bits=int(bits), symmetric=symmetric, range=range)
         keep = pattern if keep_float == PATTERN else keep_float
+        if not keep.strip(" ,"):
+            raise QuantTuneError(
+                "keep_float is 'pattern', but the pattern is empty; write layer names such as "
+                "'*attn2*', or set keep_float to 'none'.")
         quantized, report = quantize_model(model, spec, keep, split_shortcuts=split_shortcuts)
         return io.NodeOutput(quantized, str(report), ui=ui.PreviewText(str(report)))

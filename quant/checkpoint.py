@@ -43,6 +43,8 @@ class UNetMetadata:
         family: class name of the host's model family, e.g. ``"SD15"``.
         unet_config: the UNet's own constructor arguments, JSON-able; dtypes are dropped on saving.
         model_type: the host's prediction type, e.g. ``"EPS"`` or ``"V_PREDICTION"``.
+        latent_format: the host's class of latents, e.g. ``"SDXL_Playground_2_5"``; empty: the
+            family's own.
         sampling_settings: the host's settings of the noise schedule where the family has several.
         layers: layer name to ``{"bits", "symmetric", "shape", "split"}``; filled in on saving.
         floats: names of the tensors that stayed float; filled in on saving.
@@ -54,6 +56,7 @@ class UNetMetadata:
     family: str
     unet_config: Mapping[str, Any] = field(default_factory=dict)
     model_type: str = ""
+    latent_format: str = ""
     sampling_settings: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
@@ -230,6 +233,8 @@ def _read_metadata(
         "provenance": dict,
         "fingerprint": str,
     }
+    if "latent_format" in known:
+        kinds["latent_format"] = str
     for key, kind in kinds.items():
         if not isinstance(known.get(key), kind):
             raise QuantTuneError(f"The file {path} has no valid {key} in its metadata; {AGAIN}.")

@@ -1,4 +1,4 @@
-"""Stage 4: train the picture classifier, with blur and noise so that it can read generated ones."""
+"""Stage 5: train the picture classifier, with blur and noise so that it can read generated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5: the shipped files, fp16 safetensors, from the stages' averaged weights."""
+"""Stage 6: the shipped files, fp16 safetensors, from the stages' averaged weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 3: the diffusion model and its text encoder, trained together on the latents.
+"""Stage 4: the diffusion model and its text encoder, trained together on the latents.
 
 Noise prediction on SD1.5's schedule (Ho et al. 2020; Rombach et al. 2022), captions dropped for
 classifier-free guidance (Ho & Salimans 2022).
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import parallel
+from . import parallel, stage_text
 from .captions import describe
 from .common import SEED, Run
 from .config import UNET
@@ -30,6 +30,8 @@ DROP = 0.1
 UNKNOWN = 0.1
 NOISE_OFFSET = 0.1
 """Standard deviation of the constant added to each channel of the noise."""
+RATE = 6e-4
+"""Peak learning rate."""
 STEPS = 1000
 
 
@@ -76,7 +78,8 @@ def train(
 ) -> tuple[torch.nn.Module, TextEncoder]:
     """Train within the run's budget; returns the UNet and text encoder with averaged weights.
 
-    shipped: start from the shipped files instead of random weights.
+    shipped: start from the shipped files instead of random weights. The text encoder of the stage
+    before comes first wherever that has run.
     """
     import comfy.ldm.modules.attention
 
@@ -86,6 +89,9 @@ def train(
     text = TextEncoder(len(vocabulary.ids)).to(run.device)
     if shipped:
         restore_unet(unet, text)
+    taught = stage_text.finished(run)
+    if taught is not None:
+        text.load_state_dict(taught.state_dict())
     if run.device.type == "cpu":
         comfy.ldm.modules.attention.optimized_attention = attention
         install(unet)
@@ -107,8 +113,6 @@ def train(
         shift = torch.randn((BATCH, x0.shape[1], 1, 1), generator=generator, device=run.device)
         noise = noise + NOISE_OFFSET * shift
         spread = (torch.arange(BATCH) + torch.from_numpy(rng.random(BATCH))) / BATCH
-        # Every other picture is drawn from the noisier half of the schedule.
-        spread[::2] = 0.5 + 0.5 * spread[::2]
         t = (spread * STEPS).long().clamp(max=STEPS - 1).to(run.device)
         level = levels[t].view(-1, 1, 1, 1)
         x = (level.sqrt() * x0 + (1 - level).sqrt() * noise).contiguous(
@@ -119,10 +123,10 @@ def train(
         difference = out - noise
         error = difference.square().mean((1, 2, 3))
         coarse = F.avg_pool2d(difference, 4)
-        low = 4 * coarse.square() + 16 * coarse.mean((2, 3), keepdim=True).square()
+        low = coarse.square() + 4 * coarse.mean((2, 3), keepdim=True).square()
         snr = level.flatten() / (1 - level.flatten())
         loss = ((error + low.mean((1, 2, 3))) * snr.rsqrt().clamp(max=5.0)).mean()
         return loss, {"loss": loss, "mse": error.mean()}
 
-    parallel.train(run, [unet, text], loss_of, rate=1.6e-3, decay=1e-2, ema=0.9995, workers=workers)
+    parallel.train(run, [unet, text], loss_of, rate=RATE, decay=1e-2, ema=0.998, workers=workers)
     return unet, text

@@ -1,7 +1,7 @@
 """Train the starter model from nothing: `python starter/train.py STAGE [options]`.
 
-Stages: data, vae, unet, decoder, classifier, export; `all` runs them in this order. Each is seeded,
-keeps its state in the work folder and goes on where it stopped.
+Stages: data, vae, text, unet, decoder, classifier, export; `all` runs them in this order. Each is
+seeded, keeps its state in the work folder and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if __package__ in (None, ""):
     runpy.run_module("quanttune.starter.train", run_name="__main__", alter_sys=True)
     raise SystemExit
 
-STAGES = ("data", "vae", "unet", "decoder", "classifier", "export")
-MINUTES = {"vae": 15.0, "unet": 150.0, "decoder": 15.0, "classifier": 5.0}
+STAGES = ("data", "vae", "text", "unet", "decoder", "classifier", "export")
+MINUTES = {"vae": 15.0, "text": 2.0, "unet": 150.0, "decoder": 15.0, "classifier": 5.0}
 """Default budgets on two CPU cores."""
 
 
@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> None:
             start = stage_vae.finished(args.work) if args.start == "shipped" else None
             model = stage_vae.train(run, data, args.workers, start)
             stage_vae.latents(args.work, data, model, run.device, args.workers)
+        elif stage == "text":
+            from . import stage_text
+
+            stage_text.train(run, args.workers)
         elif stage == "unet":
             from . import stage_unet, stage_vae
 

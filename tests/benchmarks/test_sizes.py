@@ -62,3 +62,9 @@ def test_files_are_hardly_larger_than_their_scales(numbers):
     sd15 = numbers["sd15"]
     for kind in ("peqa", "tuneqdm"):
         assert 1 < sd15[f"{kind}_file_bytes"] / (sd15[f"{kind}_mb"] * 1e6) < 1.03
+
+
+def test_numbers_are_found_by_dotted_name_and_by_group(numbers):
+    for group in ("sd15", "cifar"):
+        for key, value in numbers[group].items():
+            assert numbers[f"{group}.{key}"] == value

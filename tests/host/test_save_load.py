@@ -86,6 +86,15 @@ def test_prediction_type_and_schedule_survive():
     assert torch.equal(loaded.model.model_sampling.sigmas, model.model.model_sampling.sigmas)
 
 
+def test_the_latent_format_survives():
+    import comfy.latent_formats
+
+    model = models.small_model("SDXL")
+    model.model.latent_format = comfy.latent_formats.SDXL_Playground_2_5()
+    loaded = load(save(quantize(model)[0]))
+    assert isinstance(loaded.model.latent_format, comfy.latent_formats.SDXL_Playground_2_5)
+
+
 def test_the_non_dynamic_delegate_of_the_host_can_be_made():
     loaded = load(save(quantize(models.small_model())[0]))
     for patcher in (loaded, quantize(models.small_model())[0]):
@@ -93,6 +102,21 @@ def test_the_non_dynamic_delegate_of_the_host_can_be_made():
         again = factory(*args, disable_dynamic=True)
         arguments = models.inputs(patcher)
         assert torch.equal(models.forward(again, arguments), models.forward(patcher, arguments))
+
+
+def test_what_the_host_builds_again_has_the_dtypes_and_the_sampling_of_the_source():
+    model = models.small_model()
+    model.model.model_sampling.set_sigmas(model.model.model_sampling.sigmas * 2)
+    model.model.diffusion_model.dtype = torch.float16
+    model.model.manual_cast_dtype = torch.float32
+    quantized = quantize(model)[0]
+    factory, args = quantized.cached_patcher_init
+    again = factory(*args, disable_dynamic=True).model
+    sampling = again.model_sampling
+    assert torch.equal(sampling.sigmas, model.model.model_sampling.sigmas)
+    assert sampling is not quantized.model.model_sampling
+    assert again.get_dtype() == quantized.model.get_dtype() == torch.float16
+    assert again.manual_cast_dtype == quantized.model.manual_cast_dtype == torch.float32
 
 
 def test_scales_round_trip_and_keep_their_base():

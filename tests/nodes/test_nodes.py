@@ -41,6 +41,15 @@ def test_quantize_reports_and_shows_it(nodes):
     assert {w.bits for w in models.quantized_model(model).checkpoint.layers.values()} == {8}
 
 
+@pytest.mark.parametrize("pattern", ["", "  ", " , "])
+def test_an_empty_pattern_is_not_taken_for_none(pattern, nodes):
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match="pattern is empty"):
+        run_node(nodes["QuantTuneQuantizeUNet"], model=models.small_model(), keep_float="pattern",
+                 pattern=pattern)
+
+
 def test_save_then_load_through_the_lists(nodes, quantized):
     path = saved(nodes, quantized)
     name = path.rsplit("/", 1)[1]
@@ -155,6 +164,15 @@ def version(inner):
     inner["format_version"] = 99
 
 
+def setting(where, key, value):
+    """A corruption of one number or word of the model's description."""
+    def change(inner):
+        place = inner if where is None else inner[where]
+        assert where == "sampling_settings" or key in place
+        place[key] = value
+    return metadata(change)
+
+
 def plain_float(header):
     del header["__metadata__"]
 
@@ -165,6 +183,16 @@ BAD_UNETS = {
     "other bits": metadata(other_bits), "missing layer": metadata(missing_layer),
     "gigantic shape": metadata(gigantic), "wrong family": metadata(family),
     "newer version": metadata(version), "no metadata": edited(plain_float),
+    "prediction type": setting(None, "model_type", "TELEPATHY"),
+    "latent format": setting(None, "latent_format", "torch"),
+    "latent format's kind": setting(None, "latent_format", 3),
+    "no levels": setting("unet_config", "transformer_depth", []),
+    "endless depth": setting("unet_config", "transformer_depth_middle", 10**9),
+    "negative width": setting("unet_config", "model_channels", -32),
+    "vast width": setting("unet_config", "model_channels", 32 * 10**5),
+    "infinite width": setting("unet_config", "context_dim", float("inf")),
+    "vast schedule": setting("sampling_settings", "timesteps", 10**13),
+    "NaN schedule": setting("sampling_settings", "linear_start", float("nan")),
 }
 
 

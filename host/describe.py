@@ -1,0 +1,99 @@
+"""A MODEL's description in a file, and back to the host's model config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.supported_models
+import torch
+
+from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
+
+LARGEST = 2**24
+"""No size, count or setting of a real model is above this."""
+COUNTS = ("depth", "num_res_blocks", "layers", "blocks")
+"""Words in the names of settings that say how often a part is repeated."""
+AGAIN = "quantize the original model again"
+
+
+def describe(source, name: str, provenance: dict) -> UNetMetadata:
+    """What a file has to say of the host's model ``source`` so that it can be built again.
+
+    Raises QuantTuneError when the model's configuration cannot be written.
+    """
+    # The dtype is chosen anew where the file is loaded; other dtypes are the family's own, which
+    # it sets again itself.
+    config = {k: v for k, v in source.model_config.unet_config.items()
+              if not isinstance(v, torch.dtype)}
+    try:
+        config = json.loads(json.dumps(config))
+    except TypeError as error:
+        raise QuantTuneError(
+            f"The configuration of '{name}' cannot be written to a file ({error}); this model "
+            "family is not supported yet.") from error
+    return UNetMetadata(
+        family=type(source.model_config).__name__,
+        unet_config=config,
+        model_type=source.model_type.name,
+        latent_format=type(source.latent_format).__name__,
+        sampling_settings=copy.deepcopy(source.model_config.sampling_settings),
+        provenance=provenance,
+    )
+
+
+def model_config(checkpoint: QuantizedCheckpoint, name: str):
+    """The host's model config for a file, which may be hostile.
+
+    Raises QuantTuneError when this ComfyUI does not know the family, prediction type or latent
+    format, or when a number in the description is out of all reason.
+    """
+    metadata = checkpoint.metadata
+    config_class = _known(comfy.supported_models, metadata.family,
+                          comfy.supported_models.supported_models_base.BASE,
+                          "a model of family", name)
+    tensors = len(checkpoint.layers) + len(checkpoint.floats)
+    for where in ("unet_config", "sampling_settings"):
+        _check_numbers(getattr(metadata, where), where, tensors, name)
+    config = config_class(dict(metadata.unet_config))
+    # Some families look for marker tensors of the original file to tell the next two.
+    prediction = comfy.model_base.ModelType.__members__.get(metadata.model_type)
+    if prediction is None:
+        raise QuantTuneError(
+            f"'{name}' has the prediction type '{metadata.model_type}', which this ComfyUI does "
+            f"not know; update ComfyUI or {AGAIN}.")
+    config.model_type = lambda state_dict, prefix="": prediction
+    if metadata.latent_format:
+        config.latent_format = _known(comfy.latent_formats, metadata.latent_format,
+                                      comfy.latent_formats.LatentFormat, "latents of the format",
+                                      name)()
+    config.sampling_settings.update(metadata.sampling_settings)
+    return config
+
+
+def _known(module, class_name, base, what, name):
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise QuantTuneError(f"'{name}' holds {what} '{class_name}', which this ComfyUI does not "
+                             f"know; update ComfyUI or {AGAIN}.")
+    return found
+
+
+def _check_numbers(value, where: str, tensors: int, name: str) -> None:
+    """Refuse numbers that no model has: the host would fill the memory, or compute with NaN."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_numbers(entry, f"{where}.{key}", tensors, name)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_numbers(entry, where, tensors, name)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Each repeated part has tensors of its own in the file.
+        last = where.rpartition(".")[2]
+        most = tensors if any(word in last for word in COUNTS) else LARGEST
+        if not math.isfinite(value) or abs(value) > most:
+            raise QuantTuneError(f"'{name}' says {where} = {value}, which no model has; the file "
+                                 f"is damaged, {AGAIN}.")
