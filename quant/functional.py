@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import LinearProduct, conv2d_product, scaled_product
 from .dequantize import dequantize_into
 from .errors import QuantTuneError
 from .scales import LayerScales
@@ -44,6 +45,9 @@ def linear(
     Raises:
         QuantTuneError: the rows of ``scales`` do not fit the batch, or its channels the weight.
     """
+    if _trains(x, scales, bias):
+        _check(qweight, scales, 1, x)
+        return scaled_product(x, qweight, bias, scales, LinearProduct())
     return _quantized(x, F.linear, LINEAR_CHANNELS, qweight, bias, scales, groups=1)
 
 
@@ -58,6 +62,11 @@ def conv2d(
     scales: LayerScales | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` with a quantized weight; see `linear`."""
+    if _trains(x, scales, bias) and x.dim() == 4:
+        closed = conv2d_product(stride, padding, dilation, groups, qweight.shape[2:])
+        if closed is not None:
+            _check(qweight, scales, groups, x)
+            return scaled_product(x, qweight, bias, scales, closed)
     product = partial(_conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return _quantized(x, product, CONV2D_CHANNELS, qweight, bias, scales, groups)
 
@@ -160,14 +169,9 @@ def _quantized(
     groups: int,
 ) -> Tensor:
     """Dequantize into a buffer, with whatever scales can be folded in, and run ``product``."""
-    if qweight.split is not None and groups != 1:
-        raise QuantTuneError(
-            "A grouped convolution cannot have its input channels split for quantization; "
-            "quantize this layer without a split."
-        )
+    _check(qweight, scales, groups, x)
     r_out = s_in = None
     if scales is not None:
-        _check_channels(scales, qweight.parts * qweight.shape[0], qweight.shape[1] * groups)
         if scales.rows == 1 and not _wants_grad(scales.r_out, scales.s_in):
             # One expert for all samples: the output scale costs nothing next to the quantizer's.
             r_out = scales.r_out.view(qweight.parts, -1).t()
@@ -228,6 +232,34 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _trains(x: Tensor, scales: LayerScales | None, bias: Tensor | None) -> bool:
+    """Whether a backward pass may need this layer in its closed form (`autograd`)."""
+    vectors = (None, None) if scales is None else (scales.r_out, scales.s_in)
+    return x.dim() > 1 and _wants_grad(x, *vectors) and not _wants_grad(bias)
+
+
+def _check(qweight: QuantizedWeight, scales: LayerScales | None, groups: int, x: Tensor) -> None:
+    """Raise `QuantTuneError` for a layer or scales that cannot be run."""
+    if qweight.split is not None and groups != 1:
+        raise QuantTuneError(
+            "A grouped convolution cannot have its input channels split for quantization; "
+            "quantize this layer without a split."
+        )
+    if scales is None:
+        return
+    _check_channels(scales, qweight.parts * qweight.shape[0], qweight.shape[1] * groups)
+    for rows in (scales.r_out, scales.s_in):
+        if rows is not None and x.shape[0] % rows.shape[0]:
+            raise _rows_error(rows, x)
+
+
+def _rows_error(rows: Tensor, x: Tensor) -> QuantTuneError:
+    return QuantTuneError(
+        f"The scales are for {rows.shape[0]} samples, but the layer got a batch of shape "
+        f"{list(x.shape)}; use a batch size that is a multiple of {rows.shape[0]}."
+    )
+
+
 def _check_channels(scales: LayerScales, outputs: int, inputs: int) -> None:
     """Raise `QuantTuneError` unless the scales have these numbers of columns."""
     for label, tensor, channels in (
@@ -248,10 +280,7 @@ def _per_sample(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
         return rows.view(-1, *trailing)
     batch = like.shape[0]
     if like.dim() <= -channel_dim or batch % rows.shape[0]:
-        raise QuantTuneError(
-            f"The scales are for {rows.shape[0]} samples, but the layer got a batch of shape "
-            f"{list(like.shape)}; use a batch size that is a multiple of {rows.shape[0]}."
-        )
+        raise _rows_error(rows, like)
     if batch != rows.shape[0]:
         rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
     middle = [1] * (like.dim() + channel_dim - 1)

@@ -1,0 +1,1 @@
+"""Fine-tuning the scales of a frozen integer model; knows no GUI and no ComfyUI."""
