@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import uuid
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -93,6 +94,25 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     keep_integers_under_patches(patcher)
     patcher.cached_patcher_init = (build_model, (checkpoint, name, dtypes, attributes))
     return patcher
+
+
+def adopt(source, built, disable_dynamic: bool = False):
+    """A clone of the MODEL ``source`` (its patches, wrappers, options) over the ``built`` one."""
+    clone = source.clone(disable_dynamic=disable_dynamic,
+                         model_override=built.get_clone_model_override())
+    clone.size = 0
+    clone.parent = None
+    clone.clone_base_uuid = uuid.uuid4()
+    clone.cached_patcher_init = built.cached_patcher_init
+    # A clone shares these with its source, whose float weights they would write over ours.
+    clone.hook_backup, clone.cached_hook_patches = {}, {}
+    clone.set_attachments(ATTACHMENT, quantized_model(built))
+    for call_type, by_key in built.callbacks.items():
+        for key, callbacks in by_key.items():
+            clone.remove_callbacks_with_key(call_type, key)
+            for callback in callbacks:
+                clone.add_callback_with_key(call_type, key, callback)
+    return clone
 
 
 def _choose_dtypes(checkpoint, config, load_device):

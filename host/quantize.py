@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 import comfy.model_management
 import torch
 from comfy.utils import ProgressBar
@@ -16,7 +14,7 @@ from ..quant import (
     keep_float,
     shortcut_splits,
 )
-from .build import ATTACHMENT, build_model, quantized_model
+from .build import adopt, build_model, quantized_model
 from .describe import describe
 from .ops import QuantTuneOps, scaled_layers
 
@@ -94,7 +92,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
     own = {name: patcher.object_patches_backup.get(name, getattr(source, name))
            for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
     dtypes = (source.get_dtype(), own.pop("manual_cast_dtype"))
-    return _adopt(patcher, build_model(checkpoint, name, dtypes, own)), report
+    return adopt(patcher, build_model(checkpoint, name, dtypes, own)), report
 
 
 def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
@@ -110,24 +108,6 @@ def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
     if not layers:
         raise QuantTuneError("This MODEL has no Linear or Conv2d layer to quantize.")
     return layers
-
-
-def _adopt(source_patcher, built):
-    """A clone of ``source_patcher`` (its patches, wrappers, options) over the ``built`` model."""
-    clone = source_patcher.clone(model_override=built.get_clone_model_override())
-    clone.size = 0
-    clone.parent = None
-    clone.clone_base_uuid = uuid.uuid4()
-    clone.cached_patcher_init = built.cached_patcher_init
-    # A clone shares these with its source, whose float weights they would write over ours.
-    clone.hook_backup, clone.cached_hook_patches = {}, {}
-    clone.set_attachments(ATTACHMENT, quantized_model(built))
-    for call_type, by_key in built.callbacks.items():
-        for key, callbacks in by_key.items():
-            clone.remove_callbacks_with_key(call_type, key)
-            for callback in callbacks:
-                clone.add_callback_with_key(call_type, key, callback)
-    return clone
 
 
 class QuantizationReport:

@@ -1,0 +1,167 @@
+"""A ComfyUI model as the trainer sees it: frozen, differentiable in its scales, and small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import comfy.model_management
+import torch
+from comfy.model_base import ModelType
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..quant import LayerScales, QuantTuneError
+from .build import adopt, quantized_model
+from .layout import is_uniform
+from .ops import scaled_layers
+from .routing import OPTION, layer_shapes, timestep_units
+
+KINDS = {
+    ModelType.EPS: "eps", ModelType.V_PREDICTION: "v", ModelType.V_PREDICTION_EDM: "v",
+    ModelType.EDM: "edm", ModelType.V_PREDICTION_CONTINUOUS: "v", ModelType.FLOW: "flow",
+    ModelType.FLUX: "flow",
+}
+"""The loss of each of the host's prediction types."""
+
+
+class _Fixed:
+    """Routes every forward to given scales."""
+
+    def __init__(self, scales: Mapping[str, LayerScales]):
+        self.scales = scales
+
+    def resolve(self, timesteps: Tensor) -> Mapping[str, LayerScales]:
+        """The scales, whatever the timesteps."""
+        return self.scales
+
+
+class HostDenoiser:
+    """`training.trainer.Denoiser` over a quantized MODEL. Made by `training_copy`."""
+
+    def __init__(self, patcher):
+        """Raises QuantTuneError when the MODEL has no quantized layer or an unknown prediction."""
+        quantized = quantized_model(patcher)
+        if quantized is None:
+            raise QuantTuneError("Scales can only be trained on a quantized MODEL; put 'Quantize "
+                                 "UNet' or 'Load Quantized UNet' before the training.")
+        self.patcher, self.base = patcher, patcher.model
+        self.kind = KINDS.get(self.base.model_type)
+        if self.kind is None:
+            raise QuantTuneError(
+                f"Models with the prediction type {self.base.model_type.name} cannot be trained "
+                "yet; use an SD1.x, SD2.x, SDXL, SD3 or Flux model.")
+        self.sigma_data = float(getattr(self.base.model_sampling, "sigma_data", 1.0))
+        self.shapes = layer_shapes(self.base.diffusion_model)
+        self.fingerprint = quantized.fingerprint
+        self._convert, self.num_timesteps = timestep_units(self.base.model_sampling)
+        options = patcher.model_options["transformer_options"]
+        if OPTION in options:
+            raise QuantTuneError("This MODEL has scales applied already; train on the model from "
+                                 "before 'Apply TuneQDM Scales'.")
+        self._options = options
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.patcher.load_device
+
+    @property
+    def base_scales(self) -> dict[str, Tensor]:
+        """Layer name to ``s0``; ones where a layer has stayed in float."""
+        return {name: m.weight_scale if is_uniform(m.weight) else torch.ones(m.weight.shape[0], 1)
+                for name, m in scaled_layers(self.base.diffusion_model).items()}
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """Noise levels of timesteps in 0..T; discrete models have them at whole ones."""
+        sampling = self.base.model_sampling
+        table = getattr(sampling, "sigmas", None)
+        if table is not None and len(table) == self.num_timesteps:
+            return table.to(timesteps.device)[timesteps.long()].float()
+        return sampling.sigma(timesteps).float()
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The model's own noised latents."""
+        shape = (-1, *[1] * (clean.dim() - 1))
+        return self.base.model_sampling.noise_scaling(sigma.view(shape), noise, clean)
+
+    def denoise(self, noised: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor],
+                scales: Mapping[str, LayerScales], checkpointing: bool = False) -> Tensor:
+        """One row of the diffusion model a sample; differentiable in ``scales``."""
+        options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
+        with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
+            return self.base.apply_model(noised, sigma, **conditions, transformer_options=options)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def checkpoint_units(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts whose activations are recomputed: the outermost blocks of several layers.
+
+    Those are the residual blocks and transformers of a UNet, and the blocks of a DiT.
+    """
+    containers = (torch.nn.ModuleList, torch.nn.Sequential)
+    units = []
+
+    def visit(module):
+        for child in module.children():
+            if isinstance(child, containers):
+                visit(child)
+            elif len(scaled_layers(child)) > 1:
+                units.append(child)
+
+    visit(diffusion_model)
+    return units
+
+
+@contextmanager
+def checkpointed(diffusion_model: torch.nn.Module) -> Iterator[None]:
+    """Keep only the inputs of each block for the backward pass, and compute the rest again."""
+    units = checkpoint_units(diffusion_model)
+    try:
+        for unit in units:
+            unit.forward = _recomputing(unit.forward)
+        yield
+    finally:
+        for unit in units:
+            unit.__dict__.pop("forward", None)
+
+
+def _recomputing(forward):
+    def run(*args, **kwargs):
+        # Nothing in these models draws random numbers.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return run
+
+
+@contextmanager
+def training_copy(patcher, precision: str = "auto") -> Iterator[HostDenoiser]:
+    """A `HostDenoiser` over a copy of a quantized MODEL, loaded, with autograd on.
+
+    The copy shares the integers (or the file they are mapped to), and has floats of its own that
+    autograd may save: what the executor loads is made in inference mode. So the graph's own MODEL
+    is never touched, whatever happens in a training.
+
+    precision: "fp32", "bf16", or "auto" for bfloat16 where the device has it and float32 on a CPU.
+    Half precision of the fp16 kind would underflow in the backward pass.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        HostDenoiser(patcher)  # says what is wrong before anything is built
+        factory, arguments = patcher.cached_patcher_init
+        copy = adopt(patcher, factory(*arguments, disable_dynamic=True), disable_dynamic=True)
+        copy.set_model_compute_dtype(_compute_dtype(precision, copy.load_device))
+        try:
+            comfy.model_management.load_models_gpu([copy], force_full_load=True)
+            yield HostDenoiser(copy)
+        finally:
+            copy.detach()
+
+
+def _compute_dtype(precision: str, device) -> torch.dtype:
+    if precision == "auto":
+        good = comfy.model_management.should_use_bf16(device)
+        return torch.bfloat16 if good and device.type != "cpu" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

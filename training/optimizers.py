@@ -1,0 +1,56 @@
+"""Optimizers by name, and the learning rate of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..quant import QuantTuneError
+from .config import ScaleTraining
+
+BITSANDBYTES = {"adamw8bit": "AdamW8bit", "lion": "Lion32bit", "lion8bit": "Lion8bit",
+                "ademamix": "AdEMAMix32bit", "ademamix8bit": "AdEMAMix8bit"}
+
+
+def build_optimizer(config: ScaleTraining, r_out: Sequence[nn.Parameter],
+                    s_in: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The configured optimizer over output and input scales, each with its own learning rate.
+
+    Each group keeps its undisturbed rate as ``base_lr``; see `set_learning_rate`.
+    """
+    rate = config.learning_rate
+    groups = [{"params": list(r_out), "lr": rate, "base_lr": rate}]
+    if s_in:
+        rate = config.s_in_learning_rate or rate
+        groups.append({"params": list(s_in), "lr": rate, "base_lr": rate})
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return _bitsandbytes(config.optimizer)(groups, weight_decay=config.weight_decay)
+
+
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    try:
+        import bitsandbytes.optim as library
+    except ImportError as error:
+        raise QuantTuneError(
+            f"The optimizer {name} needs bitsandbytes, which cannot be loaded here ({error}); "
+            "install it, or choose adamw.") from error
+    return getattr(library, BITSANDBYTES[name])
+
+
+def rate_factor(config: ScaleTraining) -> Callable[[int], float]:
+    """Factor of the learning rate by step, from diffusers' schedules."""
+    from diffusers.optimization import get_scheduler
+
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(config.scheduler, dummy, num_warmup_steps=config.warmup_steps,
+                              num_training_steps=config.steps)
+    return scheduler.lr_lambdas[0]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to its undisturbed one times ``factor``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,78 @@
+"""The resumable state of a training, in one file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..quant import QuantTuneError
+
+FILE = "checkpoint.pt"
+VERSION = 1
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, strings, lists, mappings) over the last one.
+
+    Raises QuantTuneError when the disk does not take it; the last state is still there then.
+    """
+    path = Path(folder) / FILE
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            torch.save({**state, "version": VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise QuantTuneError(
+            f"The training state {path} could not be written ({reason}); free some space or "
+            "choose another folder. The state before it is kept.") from error
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The state of a run, or None when the folder has none.
+
+    Raises QuantTuneError when the file is damaged or of another version.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise QuantTuneError(
+            f"The training state {path} is damaged ({str(error).splitlines()[0]}); delete it to "
+            "start the training anew.") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise QuantTuneError(f"The training state {path} is of another version of QuantTune; "
+                             "delete it to start the training anew.")
+    return state
+
+
+def check_same(path: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse to resume a state that another base, set of images or settings made.
+
+    ``expected`` maps what is compared (as a user would call it) to its present value.
+    """
+    for name, value in expected.items():
+        if state.get("origin", {}).get(name) != value:
+            raise QuantTuneError(
+                f"The run in {path} was made with {_differs(name, state, value)}; give this "
+                "training another run name, or restore what it was started with.")
+
+
+def _differs(name: str, state: dict[str, Any], value: Any) -> str:
+    before = state.get("origin", {}).get(name)
+    if isinstance(before, dict) and isinstance(value, dict):
+        key = next(k for k in {**before, **value} if before.get(k) != value.get(k))
+        return f"{key} = {before.get(key)!r}, and now it is {value.get(key)!r}"
+    return f"another {name}"
