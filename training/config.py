@@ -12,7 +12,7 @@ from ..quant import QuantTuneError
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 """Names of diffusers' learning-rate schedules that need nothing but a warm-up and a length."""
-OPTIMIZERS = ("adamw", "adamw8bit", "lion", "lion8bit", "ademamix", "ademamix8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "lion", "lion8bit")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ScaleTraining:
         stratified: draw experts in turn and timesteps evenly over the expert's interval, instead
             of each timestep on its own.
         timestep_range: ``(first, last)`` as shares of T, to train a part of the timesteps only.
-        optimizer: one of `OPTIMIZERS`; those of 8 bits, Lion and AdEMAMix come from bitsandbytes.
+        optimizer: one of `OPTIMIZERS`; those of 8 bits and Lion come from bitsandbytes.
         weight_decay: decoupled, towards 0.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
         scheduler: one of `SCHEDULERS`.

@@ -10,8 +10,7 @@ from torch import nn
 from ..quant import QuantTuneError
 from .config import ScaleTraining
 
-BITSANDBYTES = {"adamw8bit": "AdamW8bit", "lion": "Lion32bit", "lion8bit": "Lion8bit",
-                "ademamix": "AdEMAMix32bit", "ademamix8bit": "AdEMAMix8bit"}
+BITSANDBYTES = {"adamw8bit": "AdamW8bit", "lion": "Lion32bit", "lion8bit": "Lion8bit"}
 
 
 def build_optimizer(config: ScaleTraining, r_out: Sequence[nn.Parameter],

@@ -1,0 +1,44 @@
+"""Optimizers by name, separate learning rates, and the schedules."""
+
+import pytest
+import torch
+
+from quanttune.training.config import OPTIMIZERS, SCHEDULERS, ScaleTraining
+from quanttune.training.optimizers import build_optimizer, rate_factor, set_learning_rate
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_minimises(name):
+    target = torch.linspace(0.9, 1.1, 5000)
+    r, s = (torch.nn.Parameter(torch.ones(5000)) for _ in range(2))
+    config = ScaleTraining(optimizer=name, learning_rate=2e-3)
+    optimizer = build_optimizer(config, [r], [s])
+    for _ in range(150):
+        optimizer.zero_grad()
+        ((r - target).square().mean() + (s - target).square().mean()).backward()
+        optimizer.step()
+    for values in (r, s):
+        assert float((values.detach() - target).abs().mean()) < 0.02
+
+
+def test_input_scales_have_a_rate_of_their_own():
+    r, s = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    config = ScaleTraining(learning_rate=1e-3, s_in_learning_rate=1e-2)
+    optimizer = build_optimizer(config, [r], [s])
+    set_learning_rate(optimizer, 0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == [5e-4, 5e-3]
+    (r.sum() + s.sum()).backward()
+    optimizer.step()
+    assert torch.allclose(1 - r, torch.full((3,), 5e-4), rtol=1e-2)
+    assert torch.allclose(1 - s, torch.full((3,), 5e-3), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules(name):
+    factor = rate_factor(ScaleTraining(steps=100, warmup_steps=10, scheduler=name))
+    assert all(0 <= factor(i) <= 1 for i in range(100))
+    if name != "constant":
+        assert factor(0) == 0 and factor(5) == 0.5
+    assert factor(10) == 1
+    if name in ("linear", "cosine", "polynomial"):
+        assert factor(99) < 0.05
