@@ -149,7 +149,9 @@ class _Watcher:
         for path in sorted((self.folder / "previews").glob("step-*.png")):
             step = int(path.stem.split("-")[1])
             if step <= trainer.step and self.validation:
-                self.columns[step] = _rows(path, len(self.validation.prompts))
+                rows = _rows(path, len(self.validation.prompts))
+                if rows:
+                    self.columns[step] = rows
         if self.validation and self.config.preview_every and trainer.step == 0:
             self.look(trainer)
 

@@ -50,8 +50,8 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise QuantTuneError(
-            f"The training state {path} is damaged ({str(error).splitlines()[0]}); delete it to "
-            "start the training anew.") from error
+            f"The training state {path} is damaged ({type(error).__name__}); delete it to start "
+            "the training anew.") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise QuantTuneError(f"The training state {path} is of another version of QuantTune; "
                              "delete it to start the training anew.")

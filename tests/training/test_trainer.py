@@ -1,0 +1,315 @@
+"""The loop: that it learns, what it moves, and that nothing it does depends on being undisturbed."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from quanttune.quant import QuantTuneError, ScaleSet
+from quanttune.tests.training.toy import (
+    ToyDenoiser,
+    evaluate,
+    same_sets,
+    settings,
+    toy_set,
+    trainer,
+)
+from quanttune.training.config import PAPER
+from quanttune.training.history import read_losses
+from quanttune.training.state import FILE, load_state
+from quanttune.training.trainer import ScaleTrainer
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_it_learns(experts, tmp_path):
+    base = evaluate(ScaleSet.identity(ToyDenoiser().shapes, 1))
+    done = trainer(tmp_path, steps=150, num_experts=experts, save_every=0).run()
+    assert done.finished and len(done.history) == 150
+    assert evaluate(done.scale_set) < 0.8 * base
+
+
+def test_metadata_and_history(tmp_path):
+    done = trainer(tmp_path, seed=3).run()
+    assert (done.scale_set.metadata.steps, done.scale_set.metadata.seed) == (24, 3)
+    assert [r.step for r in done.history] == list(range(1, 25))
+    assert read_losses(tmp_path) == list(done.history), "the file reads back to the last digit"
+    assert done.history[0].rate == 0 and max(r.rate for r in done.history) == 2e-2
+
+
+def test_only_experts_that_were_sampled_move(tmp_path):
+    done = trainer(tmp_path, shared_share=0.0, timestep_range=(0.5, 1.0)).run()
+    for layer in done.scale_set.layers.values():
+        assert (layer.r_out[:2] == 1).all() and (layer.s_in[:2] == 1).all()
+        assert (layer.r_out[2:] != 1).all() and (layer.s_in[2:] != 1).all()
+
+
+def test_one_step_moves_one_expert_only(tmp_path):
+    run = trainer(tmp_path, shared_share=0.0, warmup_steps=0)
+    for _ in range(8):
+        before = run.scales.flat()[0].clone()
+        record = run._step()
+        moved = (run.scales.flat()[0] != before).any(1).nonzero().flatten().tolist()
+        assert moved == [record.expert]
+
+
+def test_the_papers_momentum_moves_experts_that_were_not_sampled(tmp_path):
+    run = trainer(tmp_path, shared_share=0.0, separate_experts=False, warmup_steps=0)
+    for _ in range(5):
+        run._step()
+    before = run.scales.flat()[0].clone()
+    run._step()
+    assert (run.scales.flat()[0] != before).any(1).all()
+
+
+def test_the_papers_step_is_absolute(tmp_path):
+    """Adam's first step is the learning rate in s_out, whatever s0 is (published code)."""
+    denoiser = ToyDenoiser()
+    run = ScaleTrainer(denoiser, toy_set(), PAPER.replace(steps=4, num_experts=1), tmp_path)
+    run._step()
+    moved = run.scales.scale_set(1000).layers["conv"].r_out[0] - 1
+    step = (moved.double() * denoiser.base_scales["conv"][:, 0]).abs()
+    assert torch.allclose(step, torch.full_like(step, 3e-6), rtol=0.1)
+
+
+def test_experts_train_as_one_in_the_shared_stage(tmp_path):
+    run = trainer(tmp_path, shared_share=0.5)
+    run.run(lambda p: p.record.step == 12)
+    run = trainer(tmp_path, shared_share=0.5)
+    assert run.step == 12 and all(r.expert == -1 for r in run.history)
+    run._step()
+    r, s = run.scales.flat()
+    moved = run.history[-1:] and [i for i in range(4) if not torch.equal(r[i], r[(i + 1) % 4])]
+    assert moved, "the first separate step moves one expert away from the others"
+    assert (r != 1).all(), "every expert goes on from what was shared"
+
+
+def test_peqa_trains_output_scales_alone(tmp_path):
+    done = trainer(tmp_path, num_experts=1, train_s_in=False).run()
+    assert not done.scale_set.has_s_in and done.scale_set.num_experts == 1
+
+
+def test_rows_are_one_for_an_expert_and_one_each_for_a_mix(tmp_path):
+    denoiser = ToyDenoiser()
+    trainer(tmp_path / "a", denoiser, shared_share=0.0, steps=4).run()
+    assert {rows["conv"] for _, rows in denoiser.seen} == {1}
+    denoiser.seen.clear()
+    trainer(tmp_path / "b", denoiser, shared_share=0.0, stratified=False, batch_size=4).run()
+    assert {rows["conv"] for _, rows in denoiser.seen} >= {4}
+
+
+def test_shapes_never_mix_and_class_images_come_beside(tmp_path):
+    denoiser, data = ToyDenoiser(), toy_set(4, prior=4, sizes=((8, 8), (8, 12)))
+    done = trainer(tmp_path, denoiser, data, steps=6, prior_weight=0.5).run()
+    assert len(denoiser.seen) == 12, "one pass for the subject's and one for the class images"
+    assert all(r.loss > 0 for r in done.history)
+
+
+def test_the_weight_of_class_images_counts(tmp_path):
+    data = toy_set(4, prior=4)
+    losses = [trainer(tmp_path / str(w), data=data, steps=4, prior_weight=w).run().history[0].loss
+              for w in (0.0, 1.0, 2.0)]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    assert losses[1] > losses[0]
+
+
+def test_accumulated_batches_count_as_one_step(tmp_path):
+    denoiser = ToyDenoiser()
+    run = trainer(tmp_path, denoiser, toy_set(4), batch_size=1, gradient_accumulation=4,
+                  shared_share=0.0, max_grad_norm=0.0)
+    record = run._step()
+    assert [rows for rows, _ in denoiser.seen] == [1, 1, 1, 1]
+    parts = [float(run._loss(run.orders[0], 0, i, run.timesteps.timesteps(1, 4), False))
+             for i in range(4)]
+    record = run._step()
+    assert record.loss == pytest.approx(sum(parts) / 4, rel=1e-6)
+
+
+VARIANTS = {
+    "recommended": {}, "8-bit": {"optimizer": "adamw8bit"}, "lion": {"optimizer": "lion"},
+    "stacked": {"separate_experts": False, "stratified": False, "shared_share": 0.0},
+    "average": {"ema_decay": 0.9}, "accumulated": {"gradient_accumulation": 3},
+    "dropout": {"caption_dropout": 0.5}, "absolute": {"absolute": True, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("stop", [3, 6, 13])
+def test_stopping_and_resuming_changes_no_bit(variant, stop, tmp_path):
+    data = toy_set(4, prior=2)
+    whole = trainer(tmp_path / "whole", data=data, **VARIANTS[variant]).run()
+    part = trainer(tmp_path / "part", data=data, **VARIANTS[variant]).run(
+        lambda p: p.record.step == stop)
+    assert not part.finished and len(part.history) == stop
+    rest = trainer(tmp_path / "part", data=data, **VARIANTS[variant]).run()
+    assert rest.history == whole.history
+    assert same_sets(rest.scale_set, whole.scale_set)
+    assert (tmp_path / "part" / "loss.csv").read_bytes() == (
+        tmp_path / "whole" / "loss.csv").read_bytes()
+
+
+def test_the_seed_decides(tmp_path):
+    one, same, other = (trainer(tmp_path / str(i), seed=s).run() for i, s in enumerate((1, 1, 2)))
+    assert same_sets(one.scale_set, same.scale_set)
+    assert not same_sets(one.scale_set, other.scale_set)
+
+
+def run_script(*arguments, launch=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launch, str(HERE / "train_toy.py"), *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
+    whole = trainer(tmp_path / "whole").run()
+    done = run_script(tmp_path / "killed", "--kill-at", 13)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(read_losses(tmp_path / "killed")) == 13
+    again = trainer(tmp_path / "killed")
+    assert again.step == 10, "the state of the last interval of five"
+    rest = again.run()
+    assert rest.history == whole.history and same_sets(rest.scale_set, whole.scale_set)
+    assert (tmp_path / "killed" / "loss.csv").read_bytes() == (
+        tmp_path / "whole" / "loss.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]
+    done = run_script(tmp_path / "two", "--batch", 2, launch=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = read_losses(tmp_path / "two")
+    one = trainer(tmp_path / "one", batch_size=4).run().history
+    assert len(two) == len(one)
+    for a, b in zip(two, one):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.expert == b.expert
+
+
+class Poisoned(ToyDenoiser):
+    """NaN from a certain step on."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def denoise(self, *arguments, **options):
+        self.left -= 1
+        out = super().denoise(*arguments, **options)
+        return out * float("nan") if self.left < 0 else out
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(QuantTuneError, match=r"step 8 is nan.*state of step 5") as caught:
+        trainer(tmp_path, Poisoned(7), toy_set()).run()
+    assert "\n" not in str(caught.value)
+    assert load_state(tmp_path)["step"] == 5
+    whole = trainer(tmp_path / "whole").run()
+    assert trainer(tmp_path).run().history == whole.history
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    import torch as library
+
+    run, save, calls = trainer(tmp_path), library.save, []
+
+    def fail(state, file):
+        calls.append(state["step"])
+        if len(calls) > 1:
+            file.write(b"half a state")
+            raise OSError(28, "No space left on device")
+        return save(state, file)
+
+    monkeypatch.setattr(library, "save", fail)
+    done = run.run()
+    assert done.finished and "No space left" in done.message and str(tmp_path) in done.message
+    assert calls == [5, 10, 15, 20, 24]
+    assert load_state(tmp_path)["step"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, "loss.csv"]
+
+
+@pytest.mark.parametrize("change,match", [
+    ({"learning_rate": 1e-3}, "learning_rate"), ({"steps": 30}, "steps"), ({"seed": 9}, "seed"),
+])
+def test_other_settings_are_not_resumed(change, match, tmp_path):
+    trainer(tmp_path).run(lambda p: p.record.step == 6)
+    with pytest.raises(QuantTuneError, match=match) as caught:
+        trainer(tmp_path, **change)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_another_base_or_other_images_are_not_resumed(tmp_path):
+    trainer(tmp_path).run(lambda p: p.record.step == 6)
+    other = ToyDenoiser()
+    other.fingerprint = "another"
+    with pytest.raises(QuantTuneError, match="another base model"):
+        trainer(tmp_path, other)
+    with pytest.raises(QuantTuneError, match="another set of images"):
+        trainer(tmp_path, data=toy_set(seed=4))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a state", b"PK\x03\x04 half a zip"])
+def test_a_damaged_state_says_so(damage, tmp_path):
+    trainer(tmp_path).run(lambda p: p.record.step == 6)
+    (tmp_path / FILE).write_bytes(damage)
+    with pytest.raises(QuantTuneError, match="damaged"):
+        trainer(tmp_path)
+
+
+def test_an_exception_of_the_callback_keeps_the_state(tmp_path):
+    class Oops(BaseException):
+        pass
+
+    def callback(progress):
+        if progress.record.step == 7:
+            raise Oops
+
+    with pytest.raises(Oops):
+        trainer(tmp_path).run(callback)
+    assert trainer(tmp_path).step == 7
+
+
+@pytest.mark.parametrize("data", [toy_set(0), toy_set(0, prior=3)])
+def test_nothing_to_train_on(data, tmp_path):
+    with pytest.raises(QuantTuneError, match="no image"):
+        trainer(tmp_path, data=data)
+
+
+def test_a_single_image_is_enough(tmp_path):
+    assert trainer(tmp_path, data=toy_set(1), batch_size=4).run().finished
+
+
+def test_tensorboard_gets_the_same_losses(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = ScaleTrainer(ToyDenoiser(), toy_set(), settings(), tmp_path, trackers=["tensorboard"])
+    done = run.run()
+    events = next(tmp_path.rglob("events.out.tfevents*"))
+    board = EventAccumulator(str(events.parent))
+    board.Reload()
+    logged = [e.value for e in board.Scalars("loss")]
+    assert logged == pytest.approx([r.loss for r in done.history], rel=1e-6)
+
+
+def test_an_unknown_tracker(tmp_path):
+    with pytest.raises(QuantTuneError, match="no tracker 'paper'"):
+        ScaleTrainer(ToyDenoiser(), toy_set(), settings(), tmp_path, trackers=["paper"])
+
+
+def test_the_average_lags_behind(tmp_path):
+    last = trainer(tmp_path / "a").run().scale_set
+    mean = trainer(tmp_path / "b", ema_decay=0.95).run().scale_set
+    norms = [sum(float((t - 1).square().sum()) for t in s.tensors()) for s in (last, mean)]
+    assert 0 < norms[1] < norms[0]
+
+
+def test_records_are_plain_numbers(tmp_path):
+    record = trainer(tmp_path, steps=4).run().history[-1]
+    assert all(type(v) in (int, float) for v in astuple(record))
