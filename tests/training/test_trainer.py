@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import astuple
@@ -160,16 +161,17 @@ def test_the_seed_decides(tmp_path):
     assert not same_sets(one.scale_set, other.scale_set)
 
 
-def run_script(*arguments, launch=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def start_script(*arguments, launch=(), **env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     command = [sys.executable, *launch, str(HERE / "train_toy.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
     whole = trainer(tmp_path / "whole").run()
-    done = run_script(tmp_path / "killed", "--kill-at", 13)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = start_script(tmp_path / "killed", "--kill-at", 13)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == -signal.SIGKILL, errors
     assert len(read_losses(tmp_path / "killed")) == 13
     again = trainer(tmp_path / "killed")
     assert again.step == 10, "the state of the last interval of five"
@@ -181,11 +183,16 @@ def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"]
-    done = run_script(tmp_path / "two", "--batch", 2, launch=launch)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """On CPUs each process is launched with its rank, as on several machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ["-m", "accelerate.commands.launch", "--cpu"]
+    ranks = [start_script(tmp_path / "two", "--batch", 2, launch=launch, WORLD_SIZE="2",
+                          RANK=str(r), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port) for r in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors[0][-3000:]
     two = read_losses(tmp_path / "two")
     one = trainer(tmp_path / "one", batch_size=4).run().history
     assert len(two) == len(one)

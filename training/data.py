@@ -1,0 +1,87 @@
+"""What a training learns from: pictures with captions, and the same encoded for the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quant import QuantTuneError
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Pictures and captions.
+
+    Attributes:
+        images: each ``[H, W, 3]`` float32 in 0..1 on the CPU; sizes may differ.
+        captions: one each; "" trains without a caption.
+        subject: words that name the subject, several joined by ", ".
+        prior: True for class images (prior preservation); all False by default.
+    """
+
+    images: tuple[Tensor, ...]
+    captions: tuple[str, ...]
+    subject: str = ""
+    prior: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.captions) != len(self.images):
+            raise QuantTuneError(f"There are {len(self.images)} images and {len(self.captions)} "
+                                 "captions; give one caption each.")
+        if not self.prior:
+            object.__setattr__(self, "prior", (False,) * len(self.images))
+
+    def joined(self, other: TrainingImages) -> TrainingImages:
+        """Both sets in one, this one first."""
+        subjects = dict.fromkeys(s for s in (self.subject, other.subject) if s)
+        return TrainingImages(self.images + other.images, self.captions + other.captions,
+                              ", ".join(subjects), self.prior + other.prior)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Examples in the diffusion model's own space.
+
+    Attributes:
+        latents: each ``[C, H, W]`` float32 on the CPU; sizes may differ.
+        conditions: of each example, what the model takes beside latents and timestep, by argument
+            name, each ``[1, ...]`` float32: ``c_crossattn`` ``[1, L, D]``, and more for some
+            families (``y`` of SDXL).
+        prior: True for class images.
+        captions: for reports.
+        fingerprint: SHA-256 over all of it; a run is resumed with the same one only.
+    """
+
+    latents: tuple[Tensor, ...]
+    conditions: tuple[Mapping[str, Tensor], ...]
+    prior: tuple[bool, ...]
+    captions: tuple[str, ...]
+    fingerprint: str
+
+    def buckets(self) -> list[list[int]]:
+        """Indices of the examples of each latent shape, in order of appearance."""
+        found: dict[tuple, list[int]] = {}
+        for index, latent in enumerate(self.latents):
+            found.setdefault(tuple(latent.shape), []).append(index)
+        return list(found.values())
+
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents ``[B, ...]`` and conditions ``[B, ...]`` of examples of one shape.
+
+        Token sequences of different lengths are repeated to their least common multiple, which
+        leaves attention as it is; the host does the same.
+        """
+        indices = list(indices)
+        latents = torch.stack([self.latents[i] for i in indices])
+        conditions = {}
+        for name in self.conditions[indices[0]]:
+            rows = [self.conditions[i][name] for i in indices]
+            if rows[0].dim() == 3:
+                length = math.lcm(*(r.shape[1] for r in rows))
+                rows = [r.repeat(1, length // r.shape[1], 1) for r in rows]
+            conditions[name] = torch.cat(rows)
+        return latents, conditions
