@@ -7,6 +7,8 @@ from .checkpoint import LoadQuantizedUNet, SaveQuantizedUNet
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
 from .starter import LoadStarterModel
+from .train_scales import TrainScales
+from .training_images import ClassImagesNode, TrainingImagesNode
 
 
 class QuantTuneExtension(ComfyExtension):
@@ -17,4 +19,4 @@ class QuantTuneExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
-                LoadScales, SaveScales]
+                LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales]

@@ -1,4 +1,4 @@
-"""The loop: that it learns, what it moves, and that nothing it does depends on being undisturbed."""
+"""The loop: that it learns, what it moves, and that a disturbance changes nothing."""
 
 import os
 import signal

@@ -1,0 +1,141 @@
+"""Pictures and captions as the diffusion model's own input, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..quant import QuantTuneError
+from ..quant.safe_file import read_safetensors, write_safetensors
+from ..training.data import TrainingImages, TrainingSet
+
+
+def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None) -> TrainingSet:
+    """Latents and conditions of pictures, each computed once.
+
+    Args:
+        images: pictures and captions.
+        patcher: the MODEL that will be trained.
+        clip, vae: the host's.
+        cache: folder of what was encoded before, or None.
+
+    Raises:
+        QuantTuneError: a picture that the VAE turns into something else than finite numbers.
+    """
+    with torch.inference_mode():
+        identity = identity_of(patcher, vae)
+        bar = comfy.utils.ProgressBar(len(images.images))
+        latents = []
+        for index, picture in enumerate(images.images):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            latents.append(_latent(picture, patcher, vae, identity, cache, index))
+            bar.update(1)
+        conditions = [
+            conditions_of(patcher, clip, caption, latent)
+            for caption, latent in zip(images.captions, latents)]
+    # Out of inference mode, since autograd will meet them.
+    with torch.inference_mode(False):
+        latents = tuple(t.clone() for t in latents)
+        conditions = tuple({k: v.clone() for k, v in c.items()} for c in conditions)
+    return TrainingSet(latents, conditions, images.prior, images.captions,
+                       _fingerprint(latents, conditions, images.prior))
+
+
+def encode_empty(patcher, clip, size: Sequence[int] = (64, 64)) -> Mapping[str, torch.Tensor]:
+    """Conditions of an empty caption, for caption dropout."""
+    channels = patcher.get_model_object("latent_format").latent_channels
+    with torch.inference_mode():
+        found = conditions_of(patcher, clip, "", torch.zeros(channels, *size))
+    with torch.inference_mode(False):
+        return {k: v.clone() for k, v in found.items()}
+
+
+def conditions_of(patcher, clip, caption: str, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the diffusion model is given for a caption, by argument name, as when sampling."""
+    [embedding, extra], *_ = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+    return _conditions(patcher, embedding, extra, latent)
+
+
+def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
+    device = patcher.load_device
+    scale = 8
+    arguments = {**extra, "cross_attn": embedding, "device": device, "noise": latent[None],
+                 "width": latent.shape[-1] * scale, "height": latent.shape[-2] * scale,
+                 "prompt_type": "positive"}
+    found = {}
+    for name, cond in patcher.model.extra_conds(**arguments).items():
+        value = getattr(cond, "cond", None)
+        if isinstance(value, torch.Tensor):
+            found[name] = value[:1].detach().float().cpu()
+    return found
+
+
+def from_latents(latents: Mapping, conditioning: Sequence, patcher) -> TrainingSet:
+    """Examples from the host's LATENT and CONDITIONING, a row of captions for each sample.
+
+    Raises QuantTuneError when their numbers differ (one conditioning serves for all).
+    """
+    samples = latents["samples"]
+    if samples.dim() != 4:
+        raise QuantTuneError(f"The latents have shape {list(samples.shape)}; only pictures, of "
+                             "four dimensions, can be trained on.")
+    if len(conditioning) == 1:
+        conditioning = list(conditioning) * len(samples)
+    if len(conditioning) != len(samples):
+        raise QuantTuneError(f"There are {len(samples)} latents and {len(conditioning)} "
+                             "conditionings; connect one for each, or a single one for all.")
+    if not torch.isfinite(samples).all():
+        raise QuantTuneError("The connected latents hold NaN or infinite values; check what makes "
+                             "them.")
+    with torch.inference_mode(False):
+        rows = tuple(patcher.model.process_latent_in(s[None].float().clone())[0] for s in samples)
+        conditions = tuple(
+            {k: v.clone() for k, v in _conditions(patcher, c[0], c[1], row).items()}
+            for c, row in zip(conditioning, rows))
+    prior = (False,) * len(rows)
+    return TrainingSet(rows, conditions, prior, ("",) * len(rows),
+                       _fingerprint(rows, conditions, prior))
+
+
+def _latent(picture, patcher, vae, identity: str, cache: Path | None, index: int) -> torch.Tensor:
+    key = hashlib.sha256(identity.encode())
+    key.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
+    path = None if cache is None else Path(cache) / f"{key.hexdigest()[:40]}.safetensors"
+    if path is not None and path.exists():
+        try:
+            return read_safetensors(path)[1]["latent"].clone()
+        except (QuantTuneError, KeyError):
+            path.unlink(missing_ok=True)
+    latent = patcher.model.process_latent_in(vae.encode(picture[None]))[0].float().cpu()
+    if not torch.isfinite(latent).all():
+        raise QuantTuneError(f"The VAE makes NaN of image {index + 1}; use another VAE, or start "
+                             "ComfyUI with --fp32-vae.")
+    if path is not None:
+        try:
+            write_safetensors(path, {"latent": latent}, {"format": "quanttune.latent"})
+        except QuantTuneError:
+            pass  # without a cache it is computed again next time
+    return latent
+
+
+def identity_of(patcher, vae) -> str:
+    """A key for the VAE and the latent format: a few of its weights and their names."""
+    digest = hashlib.sha256(type(patcher.model.latent_format).__name__.encode())
+    for name, value in sorted(vae.first_stage_model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(latents, conditions, prior) -> str:
+    digest = hashlib.sha256(repr(prior).encode())
+    for latent, row in zip(latents, conditions):
+        digest.update(repr(tuple(latent.shape)).encode() + latent.contiguous().numpy().tobytes())
+        for name in sorted(row):
+            digest.update(name.encode() + row[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
