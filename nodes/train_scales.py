@@ -31,13 +31,16 @@ class TrainScales(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A model from 'Quantize UNet' or 'Load Quantized "
                                                 "UNet'."),
-                io.Clip.Input("clip", tooltip="Reads the captions and the validation prompts."),
-                io.Vae.Input("vae", tooltip="Turns the images into latents, and the validation "
-                                            "latents into pictures."),
                 Images.Input("images", optional=True,
                              tooltip="From 'Training Images'; join 'Class Images' to it for prior "
                                      "preservation."),
-                io.Latent.Input("latents", optional=True, lazy=False,
+                io.Clip.Input("clip", optional=True,
+                              tooltip="Reads the captions and the validation prompts; needed "
+                                      "with images."),
+                io.Vae.Input("vae", optional=True,
+                             tooltip="Turns the images into latents, and the validation latents "
+                                     "into pictures; needed with images."),
+                io.Latent.Input("latents", optional=True,
                                 tooltip="Instead of images: latents, one conditioning each."),
                 io.Conditioning.Input("conditioning", optional=True,
                                       tooltip="Of the latents, in their order; a single one "
@@ -142,13 +145,13 @@ class TrainScales(io.ComfyNode):
         return run_state(run_name) if if_run_exists == CONTINUE else ""
 
     @classmethod
-    def execute(cls, model, clip, vae, run_name, if_run_exists, preset, steps, num_experts,
+    def execute(cls, model, run_name, if_run_exists, preset, steps, num_experts,
                 learning_rate, batch_size, seed, validation_prompts, preview_every,
                 validation_size, validation_cfg, validation_steps, save_every,
                 s_in_learning_rate, gradient_accumulation, optimizer, scheduler, prior_weight,
                 min_snr_gamma, ema_decay, caption_dropout, first_timestep, last_timestep,
-                precision, checkpointing, tracker, images=None, latents=None,
-                conditioning=None) -> io.NodeOutput:
+                precision, checkpointing, tracker, images=None, clip=None, vae=None,
+                latents=None, conditioning=None) -> io.NodeOutput:
         chosen = {"num_experts": num_experts, "learning_rate": learning_rate,
                   "optimizer": "" if optimizer == OF_PRESET else optimizer,
                   "scheduler": "" if scheduler == OF_PRESET else scheduler}
@@ -160,6 +163,10 @@ class TrainScales(io.ComfyNode):
             timestep_range=(first_timestep, last_timestep), precision=precision,
             checkpointing=checkpointing, **{k: v for k, v in chosen.items() if v})
         folder = run_folder(run_name)
+        prompts = [line.strip() for line in validation_prompts.splitlines() if line.strip()]
+        if (images is not None or prompts or caption_dropout) and (clip is None or vae is None):
+            raise QuantTuneError("Images, validation prompts and caption dropout need a CLIP and "
+                                 "a VAE; connect both, for instance from the checkpoint loader.")
         if images is not None:
             data = encode(images, model, clip, vae, folder.parent / ".cache")
             subject = images.subject
@@ -170,7 +177,6 @@ class TrainScales(io.ComfyNode):
                                  "latents with their conditioning.")
         if if_run_exists == ANEW:
             forget_run(run_name)
-        prompts = [line.strip() for line in validation_prompts.splitlines() if line.strip()]
         settings = SamplingSettings(validation_size, validation_size, validation_steps,
                                     validation_cfg, seed=seed)
         outcome = train(

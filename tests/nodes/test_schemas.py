@@ -9,6 +9,8 @@ from quanttune.tests.harness.inprocess import pack_nodes
 
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 ROOT = Path(__file__).resolve().parents[2]
+LISTS = ("unet_name", "scale_name", "folder")
+"""Inputs whose options are files and folders that are there."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def described(node) -> dict:
         facts = {"id": entry.id, "type": entry.get_io_type(), "optional": bool(entry.optional)}
         if getattr(entry, "default", None) is not None:
             facts["default"] = entry.default
-        if getattr(entry, "options", None) and entry.id not in ("unet_name", "scale_name"):
+        if getattr(entry, "options", None) and entry.id not in LISTS:
             facts["options"] = entry.options
         inputs.append(facts)
     return {"display_name": schema.display_name, "category": schema.category, "inputs": inputs,

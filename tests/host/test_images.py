@@ -1,0 +1,138 @@
+"""Reading pictures: what is taken, how it is fitted, and a sentence for everything else."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("host_folders")
+
+
+@pytest.fixture
+def folder(host_folders):
+    path = host_folders / "input" / "dog"
+    path.mkdir()
+    return path
+
+
+def picture(path, size=(40, 30), colour=(200, 30, 30), **options):
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def read(*arguments, **options):
+    from quanttune.host.images import read_folder
+
+    return read_folder(*arguments, **{"resolution": 64, "phrase": "a sks dog", **options})
+
+
+def test_pictures_come_in_order_with_their_captions(folder):
+    for name, colour in (("b.png", (0, 0, 255)), ("a.jpg", (255, 0, 0)), ("c.webp", (0, 255, 0))):
+        picture(folder / name, colour=colour)
+    (folder / "b.txt").write_text("a sks dog\n  asleep ")
+    (folder / "notes.md").write_text("not a picture")
+    found = read("dog")
+    assert found.warnings == () and len(found.images.images) == 3
+    assert found.images.captions == ("a sks dog", "a sks dog asleep", "a sks dog")
+    assert found.images.subject == "a sks dog"
+    means = [p.mean((0, 1)).argmax().item() for p in found.images.images]
+    assert means == [0, 2, 1]
+    assert all(p.shape == (64, 64, 3) and 0 <= p.min() and p.max() <= 1
+               for p in found.images.images)
+
+
+def test_the_starters_subjects_are_offered_first():
+    from quanttune.host.images import image_folders
+
+    assert image_folders()[:2] == ["starter: crest", "starter: pip"]
+    found = read("starter: pip", phrase="", resolution=128)
+    assert len(found.images.images) == 6 and found.images.subject.startswith("a sks character")
+
+
+def test_transparency_is_white_and_rotation_is_undone(folder):
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(folder / "clear.png")
+    turned = Image.new("RGB", (40, 20), "black")
+    turned.paste("white", (0, 0, 20, 20))  # the left half; upright it is the upper one
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.jpg", exif=exif, quality=95)
+    clear, upright = read("dog").images.images
+    assert clear.min() > 0.99
+    assert upright[:20].mean() > 0.9 and upright[-20:].mean() < 0.1
+
+
+def test_shapes(folder):
+    picture(folder / "wide.png", (400, 100))
+    picture(folder / "tall.png", (90, 120))
+    tall, wide = read("dog", fit="keep shape", resolution=128).images.images
+    assert wide.shape[1] > wide.shape[0] and tall.shape[0] > tall.shape[1]
+    for p in (tall, wide):
+        assert p.shape[0] % 8 == 0 and p.shape[1] % 8 == 0
+        assert 0.7 < p.shape[0] * p.shape[1] / 128**2 < 1.3
+
+
+def test_unreadable_ones_among_good_are_left_out_and_named(folder):
+    picture(folder / "good.png")
+    whole = folder / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
+    (folder / "half.png").write_bytes(whole.read_bytes()[:2000])
+    whole.unlink()
+    (folder / "text.jpg").write_text("hello")
+    (folder / "empty.png").write_bytes(b"")
+    picture(folder / "dot.png", (1, 1))
+    found = read("dog")
+    assert len(found.images.images) == 1 and len(found.warnings) == 4
+    for name, warning in zip(("dot.png", "empty.png", "half.png", "text.jpg"), found.warnings):
+        assert warning.startswith(f"{name} was left out: "), warning
+
+
+@pytest.mark.parametrize("prepare,match", [
+    (lambda f: None, "no picture"),
+    (lambda f: (f / "a.png").write_text("no"), "no picture.*a.png"),
+])
+def test_nothing_readable(prepare, match, folder):
+    from quanttune.quant import QuantTuneError
+
+    prepare(folder)
+    with pytest.raises(QuantTuneError, match=match):
+        read("dog")
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "starter: nobody", "a\0b"])
+def test_a_folder_that_is_not_there(name):
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match="not there"):
+        read(name)
+
+
+def test_a_missing_caption_says_three_ways_out(folder):
+    from quanttune.quant import QuantTuneError
+
+    picture(folder / "rex.png")
+    with pytest.raises(QuantTuneError, match=r"rex\.png has no caption; write rex\.txt"):
+        read("dog", phrase=" ")
+    assert read("dog", phrase="", captions="none").images.captions == ("",)
+
+
+def test_batches_from_the_graph():
+    from quanttune.host.images import from_batch
+    from quanttune.quant import QuantTuneError
+
+    batch = torch.rand(2, 50, 70, 3)
+    assert from_batch(batch, "a sks dog", 64, "centre crop").captions == ("a sks dog",) * 2
+    assert from_batch(batch, "one\ntwo", 64, "centre crop").captions == ("one", "two")
+    with pytest.raises(QuantTuneError, match="2 images and 3 lines"):
+        from_batch(batch, "1\n2\n3", 64, "centre crop")
+    batch[0, 0, 0, 0] = float("nan")
+    with pytest.raises(QuantTuneError, match="NaN"):
+        from_batch(batch, "x", 64, "centre crop")
+
+
+def test_the_state_of_a_folder_follows_its_files(folder):
+    from quanttune.host.images import folder_state
+
+    picture(folder / "a.png")
+    before = folder_state("dog")
+    assert folder_state("dog") == before
+    (folder / "a.txt").write_text("now with words")
+    assert folder_state("dog") != before

@@ -1,0 +1,182 @@
+"""Training Images, Class Images and Train Scales as the executor runs them, on the starter."""
+
+import csv
+
+import pytest
+import torch
+
+from quanttune.tests.harness.inprocess import pack_nodes, run_node
+
+pytestmark = pytest.mark.usefixtures("host_folders")
+
+
+@pytest.fixture(scope="module")
+def starter(comfy_inprocess):
+    """Quantized starter UNet, CLIP and VAE."""
+    nodes = pack_nodes()
+    model, clip, vae = run_node(nodes["QuantTuneLoadStarterModel"]).args
+    quantized = run_node(nodes["QuantTuneQuantizeUNet"], model=model, range="minmax").args[0]
+    return quantized, clip, vae
+
+
+@pytest.fixture
+def nodes(host_folders):
+    return pack_nodes()
+
+
+@pytest.fixture
+def images(nodes):
+    return run_node(nodes["QuantTuneTrainingImages"], folder="starter: pip",
+                    resolution=128).args[0]
+
+
+def train(nodes, starter, images=None, **options):
+    model, clip, vae = starter
+    return run_node(nodes["QuantTuneTrainScales"], **{
+        "model": model, "clip": clip, "vae": vae, "images": images, "run_name": "run",
+        "steps": 6, "batch_size": 2, "save_every": 2, "preview_every": 3, "num_experts": 2,
+        "validation_size": 128, "validation_steps": 2, **options})
+
+
+def test_scales_pictures_losses_and_a_report_come_out(nodes, starter, images, host_folders):
+    prompts = "a sks character on a red background\n\na red star"
+    output = train(nodes, starter, images, validation_prompts=prompts)
+    scales, grid, chart, loss_file, report = output.args
+    assert scales.num_experts == 2 and scales.metadata.steps == 6
+    assert scales.metadata.subject == "a sks character"
+    assert scales.metadata.base_fingerprint and scales.metadata.bits == 4
+    assert scales.metadata.extra["mode"] == "TuneQDM, 2 experts"
+    assert any((layer.r_out != 1).any() for layer in scales.layers.values())
+    assert "6 of 6 steps" in report
+    with open(loss_file) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and all(float(r["loss"]) > 0 for r in rows)
+    run = host_folders / "output" / "quanttune_runs" / "run"
+    assert sorted(p.name for p in (run / "previews").iterdir()) == [
+        f"step-{i:06}.png" for i in (0, 3, 6)]
+    assert grid.shape[0] == 1 and grid.shape[2] > 3 * 128 and chart.shape[1:] == (432, 768, 3)
+    assert {"images", "text"} <= set(output.ui)
+
+
+def test_what_was_trained_can_be_applied_and_saved(nodes, starter, images):
+    scales = train(nodes, starter, images, learning_rate=0.05).args[0]
+    routed = run_node(nodes["QuantTuneApplyScales"], model=starter[0],
+                      scale_name="(connected scales)", scales=scales)
+    assert "another base" not in str(routed.ui)
+    saved = run_node(nodes["QuantTuneSaveScales"], scales=scales).args[0]
+    again = run_node(nodes["QuantTuneLoadScales"], scale_name=saved.rsplit("/", 1)[1]).args[0]
+    assert again.metadata == scales.metadata
+
+
+def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, images,
+                                                                monkeypatch):
+    import comfy.model_management as management
+    import comfy.utils
+
+    whole = train(nodes, starter, images, run_name="whole").args[0]
+    node = nodes["QuantTuneTrainScales"]
+    new = node.fingerprint_inputs(run_name="stopped")
+    asked = comfy.utils.ProgressBar.update_absolute
+
+    def press_stop(bar, value, total=None, preview=None):
+        if value == 3 and total == 6:
+            management.interrupt_current_processing(True)
+        return asked(bar, value, total, preview)
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", press_stop)
+    output = train(nodes, starter, images, run_name="stopped")
+    assert not management.processing_interrupted(), "what follows in the graph still runs"
+    assert output.args[0].metadata.steps == 3 and "queue again" in output.args[4]
+    assert node.fingerprint_inputs(run_name="stopped") != new, "so the graph runs it again"
+    monkeypatch.undo()
+    rest = train(nodes, starter, images, run_name="stopped").args[0]
+    assert rest.metadata.steps == 6
+    assert all(torch.equal(a, b) for a, b in zip(rest.tensors(), whole.tensors()))
+
+
+def test_starting_anew_forgets_the_run(nodes, starter, images):
+    train(nodes, starter, images)
+    output = train(nodes, starter, images, seed=1, if_run_exists="start anew")
+    assert output.args[0].metadata.seed == 1
+
+
+def test_class_images_are_made_once_and_train_beside_the_subject(nodes, starter, images,
+                                                                 host_folders, monkeypatch):
+    from quanttune.host import class_images
+
+    model, clip, vae = starter
+    arguments = {"model": model, "clip": clip, "vae": vae, "class_prompt": "a character",
+                 "count": 2, "resolution": 128, "steps": 2}
+    first = run_node(nodes["QuantTuneClassImages"], **arguments).args[0]
+    assert first.prior == (True, True) and first.captions == ("a character",) * 2
+    assert len(list((host_folders / "output" / "quanttune_class_images").rglob("*.png"))) == 2
+    monkeypatch.setattr(class_images, "sample_pictures", None)
+    again = run_node(nodes["QuantTuneClassImages"], **arguments).args[0]
+    assert all(torch.equal(a, b) for a, b in zip(first.images, again.images))
+    both = run_node(nodes["QuantTuneTrainingImages"], folder="starter: pip", resolution=128,
+                    more=again).args[0]
+    assert len(both.images) == 8 and both.prior.count(True) == 2
+    assert train(nodes, starter, both, prior_weight=0.5).args[0].metadata.steps == 6
+
+
+def test_two_subjects(nodes, starter, images):
+    both = run_node(nodes["QuantTuneTrainingImages"], folder="starter: crest", resolution=128,
+                    more=images).args[0]
+    scales = train(nodes, starter, both).args[0]
+    assert "zwx" in scales.metadata.subject and "sks" in scales.metadata.subject
+
+
+def test_latents_and_conditioning_instead_of_images(nodes, starter):
+    model, clip, _ = starter
+    with torch.inference_mode():
+        conditioning = [clip.encode_from_tokens_scheduled(clip.tokenize(t))[0]
+                        for t in ("a sks dog", "a much longer sentence about a sks dog, asleep")]
+    latents = {"samples": torch.randn(2, 4, 16, 16)}
+    output = train(nodes, starter, latents=latents, conditioning=conditioning, clip=None,
+                   vae=None)
+    assert output.args[0].metadata.steps == 6
+
+
+def test_latents_are_encoded_once(nodes, starter, images, host_folders):
+    train(nodes, starter, images)
+    cache = host_folders / "output" / "quanttune_runs" / ".cache"
+    files = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
+    assert len(files) == 6
+    train(nodes, starter, images, run_name="second")
+    assert files == {p: p.stat().st_mtime_ns for p in cache.iterdir()}
+
+
+REFUSED = {
+    "nothing connected": ({"images": None}, "nothing to train on"),
+    "no CLIP": ({"clip": None}, "need a CLIP and a VAE"),
+    "run name": ({"run_name": "../outside"}, "run name"),
+    "empty run name": ({"run_name": ""}, "run name"),
+    "too many experts": ({"num_experts": 50}, "50 experts"),
+    "timesteps": ({"first_timestep": 0.9, "last_timestep": 0.1}, "timestep_range"),
+    "float model": ({"model": "float"}, "Quantize UNet"),
+    "different numbers": ({"images": None, "latents": {"samples": torch.zeros(3, 4, 16, 16)},
+                           "conditioning": [[torch.zeros(1, 32, 128), {}]] * 2}, "3 latents and 2"),
+    "NaN latents": ({"images": None,
+                     "latents": {"samples": torch.full((1, 4, 16, 16), float("nan"))},
+                     "conditioning": [[torch.zeros(1, 32, 128), {}]]}, "NaN"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_bad_input_is_one_sentence(case, nodes, starter, images):
+    from quanttune.quant import QuantTuneError
+
+    options, match = REFUSED[case]
+    if options.get("model") == "float":
+        options = {"model": run_node(nodes["QuantTuneLoadStarterModel"]).args[0]}
+    with pytest.raises(QuantTuneError, match=match) as caught:
+        train(nodes, starter, **{"images": images, **options})
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_an_empty_class_prompt(nodes, starter):
+    from quanttune.quant import QuantTuneError
+
+    model, clip, vae = starter
+    with pytest.raises(QuantTuneError, match="class prompt is empty"):
+        run_node(nodes["QuantTuneClassImages"], model=model, clip=clip, vae=vae)
