@@ -1,7 +1,7 @@
 """Train the scale sets that ship with the starter: `python starter/train_scales.py --subject NAME`.
 
-Quantizes the starter, writes it to `starter/quanttune`, and trains one subject's scales on that file
-with the pack's own trainer. The same starter, pictures, seed and steps give the same files.
+Quantizes the starter, writes it to `starter/quanttune`, and trains one subject's scales on that
+file with the pack's own trainer. The same starter, pictures, seed and steps give the same files.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ def classifier():
 
 
 def test_all_files_together_stay_small():
-    assert sum((FOLDER / f"{name}.safetensors").stat().st_size for name in FILES) <= 24e6
+    """The 4-bit file and the scales that ship with it included."""
+    files = list(FOLDER.rglob("*.safetensors"))
+    assert {f.stem for f in files} >= {*FILES, "starter-4bit"}
+    assert sum(f.stat().st_size for f in files) <= 24e6
 
 
 def test_the_model_is_an_ordinary_one(parts):
@@ -88,10 +91,11 @@ def test_the_autoencoder_keeps_what_a_picture_shows(parts, classifier):
 
 
 def test_pictures_obey_their_prompts(parts, classifier):
-    """Only that the text acts at all: `results.json` has what is reached, README.md the target."""
+    """`results.json` has the figures over 300 prompts; chance is 0.11 to 0.21."""
     from quanttune.starter.evaluate import generate, held_out_prompts, obedience
 
-    prompts = held_out_prompts(24)
-    pictures = generate(*parts, [text for _, text in prompts], steps=12)
+    prompts = held_out_prompts(48)
+    pictures = generate(*parts, [text for _, text in prompts])
     right = obedience([s for s, _ in prompts], pictures, classifier)
-    assert right["background"] >= 0.25, "chance is about 0.17"
+    for name in ("shape", "colour", "background"):
+        assert right[name] >= 0.85, (name, right)
