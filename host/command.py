@@ -1,0 +1,189 @@
+"""The command line's training: the nodes' own code, told by a TOML file instead of a graph."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..quant import QuantSpec, QuantTuneError, save_scale_set
+from ..training.config import ScaleTraining
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+SECTIONS = {
+    "base": {"starter", "checkpoint", "quantized_unet", "bits", "keep_float", "device"},
+    "images": {"folder", "captions", "phrase", "resolution", "fit"},
+    "output": {"folder", "scales", "trackers"},
+    "training": None,
+}
+
+
+def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration file; ``images`` is a list of tables, one a subject.
+
+    Raises QuantTuneError for a file that is missing, no TOML, or has unknown words.
+    """
+    try:
+        config = tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise QuantTuneError(f"The configuration {path} cannot be read ({error.strerror}); give "
+                             "the path of a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise QuantTuneError(f"The configuration {path} is no valid TOML: {error}.") from error
+    for name, values in config.items():
+        if name not in {*SECTIONS, "class_images"}:
+            raise QuantTuneError(f"The configuration {path} has a section [{name}]; the sections "
+                                 f"are {', '.join([*SECTIONS, 'class_images'])}.")
+        known = SECTIONS["images"] if name == "class_images" else SECTIONS[name]
+        tables = values if isinstance(values, list) else [values]
+        for table in tables:
+            unknown = set() if known is None else set(table) - known
+            if unknown:
+                raise QuantTuneError(f"The configuration {path} has '{min(unknown)}' in [{name}]; "
+                                     f"known there are {', '.join(sorted(known))}.")
+    for name in ("base", "images", "output"):
+        if name not in config:
+            raise QuantTuneError(f"The configuration {path} has no section [{name}].")
+    if isinstance(config["images"], Mapping):
+        config["images"] = [config["images"]]
+    return config
+
+
+def train_scales(path: str | Path) -> int:
+    """Train as a configuration file says; Ctrl-C stops after the step and keeps everything.
+
+    Under ``accelerate launch`` each process trains on its share of the batch.
+    """
+    config = read_config(path)
+    training = ScaleTraining.from_dict(config.get("training", {}))
+    _start_host(config["base"].get("device", "auto"))
+    import torch
+    from accelerate import Accelerator
+
+    from ..training.history import usable_trackers
+    from ..training.trainer import ScaleTrainer
+    from .encode import encode, encode_empty
+    from .training import training_copy
+
+    output = config["output"]
+    folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
+    with torch.inference_mode():
+        model, clip, vae, name = _load(config["base"])
+        images = _images(config)
+        data = encode(images, model, clip, vae, folder / ".cache")
+        empty = encode_empty(model, clip) if training.caption_dropout else None
+    with training_copy(model, training.precision) as denoiser:
+        accelerator = Accelerator(cpu=denoiser.device.type == "cpu", project_dir=str(folder),
+                                  log_with=usable_trackers(trackers) or None)
+        metadata = _metadata(denoiser, model, name, images.subject, training)
+        trainer = ScaleTrainer(denoiser, data, training, folder, metadata, empty, trackers,
+                               accelerator)
+        result = trainer.run(_Console(accelerator.is_main_process))
+    if accelerator.is_main_process:
+        target = Path(output.get("scales", folder / "scales.safetensors"))
+        save_scale_set(target, result.scale_set)
+        done = len(result.history)
+        print(f"{training.mode}: {done} of {training.steps} steps, "
+              f"{result.scale_set.num_parameters:,} scales in {target}")
+        if result.message:
+            print(result.message, file=sys.stderr)
+    return 0 if result.finished else 130
+
+
+def _start_host(device: str) -> None:
+    """Set the host's options as its command line would, before anything imports its models."""
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import torch
+    from comfy.cli_args import args
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise QuantTuneError(f"The device is {device!r}, but it has to be auto, cpu or cuda.")
+    args.cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    args.use_pytorch_cross_attention = True
+
+
+def _load(base: Mapping[str, Any]):
+    """``(quantized MODEL, CLIP, VAE, name)``."""
+    import comfy.sd
+
+    from .build import load_model
+    from .quantize import quantize_model
+
+    if base.get("starter"):
+        from ..starter.load import load_starter
+
+        model, clip, vae = load_starter()
+        name = "starter"
+    elif base.get("checkpoint"):
+        name = str(base["checkpoint"])
+        if not Path(name).is_file():
+            raise QuantTuneError(f"The checkpoint {name} is not there; give the path of a file "
+                                 "with model, text encoder and VAE.")
+        model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+    else:
+        raise QuantTuneError("[base] needs 'checkpoint' (a file with text encoder and VAE) or "
+                             "'starter = true'.")
+    if base.get("quantized_unet"):
+        path = str(base["quantized_unet"])
+        return load_model(path, Path(path).name), clip, vae, Path(path).name
+    spec = QuantSpec(base.get("bits", 4), range="mse")
+    model, _ = quantize_model(model, spec, base.get("keep_float", "none"), name=Path(name).name)
+    return model, clip, vae, Path(name).name
+
+
+def _images(config):
+    """All subjects' pictures, and class images."""
+    from .images import read_folder
+
+    found = None
+    tables = [(t, False) for t in config["images"]]
+    if "class_images" in config:
+        tables.append((config["class_images"], True))
+    for table, prior in tables:
+        if "folder" not in table:
+            raise QuantTuneError("[images] needs 'folder', the path of the pictures.")
+        reading = read_folder(str(table["folder"]), **{k: v for k, v in table.items()
+                                                       if k != "folder"}, prior=prior)
+        for warning in reading.warnings:
+            print(warning, file=sys.stderr)
+        found = reading.images if found is None else found.joined(reading.images)
+    return found
+
+
+def _metadata(denoiser, model, name, subject, training):
+    from ..quant import ScaleMetadata
+    from .build import quantized_model
+
+    bits = [w.bits for w in quantized_model(model).checkpoint.layers.values()]
+    return ScaleMetadata(base_fingerprint=denoiser.fingerprint, base_name=name, subject=subject,
+                         bits=max(set(bits), key=bits.count),
+                         extra={"mode": training.mode, "settings": training.asdict()})
+
+
+class _Console:
+    """The trainer's callback: a line now and then, and Ctrl-C."""
+
+    def __init__(self, speaks: bool):
+        self.speaks, self.stopped = speaks, False
+        signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, *_):
+        self.stopped = True
+
+    def __call__(self, progress) -> bool:
+        record = progress.record
+        if self.speaks and (record.step % 10 == 0 or record.step in (1, progress.steps)):
+            recent = [r.loss for r in progress.trainer.history[-25:]]
+            left = int((progress.steps - record.step) * progress.seconds_per_step)
+            print(f"step {record.step}/{progress.steps}  loss {sum(recent) / len(recent):.4f}  "
+                  f"{progress.seconds_per_step:.2f} s a step, {left // 60}:{left % 60:02d} left",
+                  flush=True)
+        return self.stopped

@@ -1,0 +1,76 @@
+"""`python -m quanttune train-scales`: configuration files and a run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+GOOD = """
+[base]
+starter = true
+device = "cpu"
+[[images]]
+folder = "starter: pip"
+resolution = 128
+[[images]]
+folder = "starter: crest"
+resolution = 128
+[training]
+steps = 4
+num_experts = 2
+batch_size = 2
+checkpointing = false
+save_every = 2
+[output]
+folder = "{folder}/run"
+scales = "{folder}/out.safetensors"
+"""
+
+
+def run(path):
+    return subprocess.run([sys.executable, "-m", "quanttune", "train-scales", str(path)],
+                          capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.slow
+def test_a_run_writes_scales_and_says_so_again_when_it_is_done(tmp_path):
+    from quanttune.quant import load_scale_set
+
+    path = tmp_path / "config.toml"
+    path.write_text(GOOD.format(folder=tmp_path.as_posix()))
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    assert "step 4/4" in done.stdout and "4 of 4 steps" in done.stdout
+    scales = load_scale_set(tmp_path / "out.safetensors")
+    assert scales.num_experts == 2 and "sks" in scales.metadata.subject
+    assert scales.metadata.extra["settings"]["steps"] == 4
+    assert (tmp_path / "run" / "loss.csv").is_file()
+    before = (tmp_path / "out.safetensors").read_bytes()
+    again = run(path)
+    assert again.returncode == 0 and "step 1/" not in again.stdout
+    assert (tmp_path / "out.safetensors").read_bytes() == before
+
+
+BAD = {
+    "missing": (None, "cannot be read"), "no TOML": ("[base", "no valid TOML"),
+    "section": ("[bass]\n", r"section \[bass\]"),
+    "word": ("[base]\nstartr = true\n", "startr"),
+    "no images": ("[base]\nstarter=true\n[output]\n", r"no section \[images\]"),
+    "image word": ("[base]\n[output]\n[[images]]\nfolder='x'\nsize=3\n", "size"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_configurations(case, tmp_path, comfy_inprocess):
+    from quanttune.host.command import read_config
+    from quanttune.quant import QuantTuneError
+
+    text, match = BAD[case]
+    path = tmp_path / "config.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(QuantTuneError, match=match) as caught:
+        read_config(path)
+    assert "config.toml" in str(caught.value)
