@@ -9,6 +9,7 @@ from .scales import ApplyScales, LoadScales, SaveScales
 from .starter import LoadStarterModel
 from .train_scales import TrainScales
 from .training_images import ClassImagesNode, TrainingImagesNode
+from .weight_change_map import WeightChangeMap
 
 
 class QuantTuneExtension(ComfyExtension):
@@ -19,4 +20,5 @@ class QuantTuneExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
-                LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales]
+                LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
+                WeightChangeMap]
