@@ -140,9 +140,10 @@ class TrainScales(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name="", if_run_exists=CONTINUE, **kwargs):
+    def fingerprint_inputs(cls, run_name=None, if_run_exists=CONTINUE, **kwargs):
         # A run that was stopped goes on when the graph is queued again.
-        return run_state(run_name) if if_run_exists == CONTINUE else ""
+        # A name from another node is not known yet when the host asks.
+        return run_state(run_name) if run_name and if_run_exists == CONTINUE else ""
 
     @classmethod
     def execute(cls, model, run_name, if_run_exists, preset, steps, num_experts,
