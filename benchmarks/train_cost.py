@@ -38,11 +38,9 @@ def trainable(method: str, unet, shapes):
     from quanttune.training.scales import TrainableScales
 
     if method == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+        from quanttune.benchmarks._lora import inject_lora
 
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(shapes))
-        inject_adapter_in_model(config, unet)
-        return [p for n, p in unet.named_parameters() if "lora_" in n], None
+        return inject_lora(unet, shapes, RANK), None
     scales = TrainableScales(shapes, 1 if method == "peqa" else EXPERTS, method != "peqa")
     scales = scales.to(next(unet.parameters()).device)
     if method == "dequant":

@@ -81,7 +81,11 @@ class _ScaledOp:
             moved = fn(value)
             if moved.is_inference() and not torch.is_inference_mode_enabled():
                 moved = moved.clone()
-            self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+            elif moved is value:
+                continue
+            # A model made outside inference mode may be moved inside it, and the other way round.
+            with torch.inference_mode(moved.is_inference()):
+                self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
         return self
 
     def convert_weight(self, weight, inplace=False, **kwargs):

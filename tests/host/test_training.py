@@ -94,6 +94,35 @@ def test_the_graphs_model_is_not_touched_and_shares_its_integers():
     assert torch.equal(models.forward(quantized, models.inputs(quantized)), before)
 
 
+def test_the_copy_can_be_unloaded_and_loaded_again_while_sampling():
+    """A small card makes room for the decoder between two steps, inside inference mode."""
+    import comfy.model_management
+
+    from quanttune.host.training import training_copy
+
+    quantized, _ = quantize(models.small_model())
+    expected = models.forward(quantized, models.inputs(quantized))
+    with training_copy(quantized) as denoiser:
+        denoiser.patcher.detach()
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([denoiser.patcher])
+            again = models.forward(denoiser.patcher, models.inputs(quantized))
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("keep", ["first_last_time", "*attn2*"])
+def test_layers_kept_in_float_train_too(keep):
+    from quanttune.host.training import training_copy
+    from quanttune.training.scales import TrainableScales
+
+    quantized, _ = quantize(models.small_model(), keep=keep)
+    x, conditions = arguments(quantized)
+    with training_copy(quantized) as denoiser:
+        scales = TrainableScales(denoiser.shapes, 1, base_scales=denoiser.base_scales)
+        _, gradients = step(denoiser, scales, 0, x, conditions, True)
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in gradients)
+
+
 def test_a_saved_and_loaded_model_trains_alike(tmp_path):
     from quanttune.host.build import load_model, quantized_model
     from quanttune.host.training import training_copy
