@@ -24,6 +24,7 @@ from .data import TrainingSet
 from .history import LossFile, StepRecord, usable_trackers
 from .objective import denoising_loss, loss_weight
 from .optimizers import build_optimizer, rate_factor, set_learning_rate
+from .processes import leave_together
 from .sampling import ExampleOrder, TimestepSampler, generator_of
 from .scales import TrainableScales
 from .state import check_same, load_state, save_state
@@ -198,8 +199,7 @@ class ScaleTrainer:
                     raise
                 stopped = self._any(bool(asked))
         message = self._save() or message
-        if self.trackers:
-            self.accelerator.end_training()
+        leave_together(self.accelerator)
         return TrainingResult(self.scale_set(), tuple(self.history),
                               self.step >= self.config.steps, message)
 

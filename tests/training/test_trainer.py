@@ -192,7 +192,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
                           RANK=str(r), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port) for r in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors[0][-3000:]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(
+        text[-3000:] for text in errors)
     two = read_losses(tmp_path / "two")
     one = trainer(tmp_path / "one", batch_size=4).run().history
     assert len(two) == len(one)
