@@ -1,11 +1,15 @@
-"""The layers of the DDPM UNet for CIFAR-10 (Ho et al. 2020), for counting: no forward.
+"""The DDPM UNet (Ho et al. 2020): counted at CIFAR-10's size, trained small for the ablation.
 
 Named as in the DDIM authors' PyTorch port, which Q-Diffusion and TuneQDM quantize.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 CIFAR10 = {
     "channels": 128,
@@ -29,6 +33,13 @@ class Block(nn.Module):
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` to ``[B, outputs, H, W]``, given the time's ``[B, embedding]``."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
 
 class Attention(nn.Module):
     """Single-head attention over pixels, its projections being 1x1 convolutions."""
@@ -38,6 +49,13 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(32, channels)
         for name in ("q", "k", "v", "proj_out"):
             setattr(self, name, nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same."""
+        h = self.norm(x)
+        q, k, v = (getattr(self, name)(h).flatten(2).mT[:, None] for name in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
+        return x + self.proj_out(h)
 
 
 class Level(nn.Module):
@@ -49,17 +67,38 @@ class Level(nn.Module):
         attended = [] if attention_channels is None else blocks
         self.attn = nn.ModuleList(Attention(attention_channels) for _ in attended)
 
+    def step(self, index: int, x: Tensor, embedding: Tensor) -> Tensor:
+        """One block and its attention, if there is any."""
+        x = self.block[index](x, embedding)
+        return self.attn[index](x) if len(self.attn) else x
 
-class Resample(nn.Module):
-    """The convolution of a down- or upsampling."""
+
+class Downsample(nn.Module):
+    """Half the resolution, by a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H / 2, W / 2]``."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution, smoothed by a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, 2 H, 2 W]``."""
+        return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class DDPMUNet(nn.Module):
-    """All parameters of the DDPM UNet, under the names of the PyTorch port."""
+    """The DDPM UNet, under the names of the PyTorch port: the noise in a picture at a timestep."""
 
     def __init__(
         self,
@@ -85,7 +124,7 @@ class DDPMUNet(nn.Module):
             current = width
             skips += [width] * blocks
             if index + 1 < len(widths):
-                self.down[-1].downsample = Resample(width)
+                self.down[-1].downsample = Downsample(width)
                 skips.append(width)
         self.mid = nn.Module()
         self.mid.block_1 = Block(current, current, embedding)
@@ -99,7 +138,31 @@ class DDPMUNet(nn.Module):
                 current = width
             levels.insert(0, Level(row, width if index in attention_levels else None))
             if index:
-                levels[0].upsample = Resample(width)
+                levels[0].upsample = Upsample(width)
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(32, current)
         self.conv_out = nn.Conv2d(current, image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise ``[B, C, H, W]`` in ``x`` of the same shape, at ``timesteps`` ``[B]`` of 0..999."""
+        half = self.conv_in.out_channels // 2
+        rates = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1))).to(x.device)
+        angles = timesteps.float()[:, None] * rates
+        embedding = self.temb.dense[0](torch.cat([angles.sin(), angles.cos()], 1))
+        embedding = self.temb.dense[1](F.silu(embedding))
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for index in range(len(level.block)):
+                h = level.step(index, h, embedding)
+                skips.append(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+                skips.append(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, embedding)), embedding)
+        for level in reversed(self.up):
+            for index in range(len(level.block)):
+                h = level.step(index, torch.cat([h, skips.pop()], 1), embedding)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

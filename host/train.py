@@ -213,6 +213,9 @@ class _Watcher:
 
 
 def _rows(path: Path, count: int) -> list[np.ndarray]:
-    """A saved column of pictures, cut up again."""
-    column = np.asarray(Image.open(path).convert("RGB"))
+    """A saved column of pictures, cut up again; none from a file that a kill has cut off."""
+    try:
+        column = np.asarray(Image.open(path).convert("RGB"))
+    except OSError:
+        return []
     return np.split(column, count) if column.shape[0] % count == 0 else []

@@ -94,6 +94,17 @@ def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, 
     assert all(torch.equal(a, b) for a, b in zip(rest.tensors(), whole.tensors()))
 
 
+def test_pictures_that_a_kill_has_cut_off_do_not_keep_a_run_from_going_on(nodes, starter, images,
+                                                                          host_folders):
+    options = {"validation_prompts": "a red star", "run_name": "cut"}
+    whole = train(nodes, starter, images, **options).args[1]
+    previews = host_folders / "output" / "quanttune_runs" / "cut" / "previews"
+    path = previews / "step-000003.png"
+    path.write_bytes(path.read_bytes()[:500])
+    again = train(nodes, starter, images, **options).args[1]
+    assert 0 < again.shape[2] < whole.shape[2], "one column less"
+
+
 def test_starting_anew_forgets_the_run(nodes, starter, images):
     train(nodes, starter, images)
     output = train(nodes, starter, images, seed=1, if_run_exists="start anew")
