@@ -35,9 +35,9 @@ def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None
             comfy.model_management.throw_exception_if_processing_interrupted()
             latents.append(_latent(picture, patcher, vae, identity, cache, index))
             bar.update(1)
-        conditions = [
-            conditions_of(patcher, clip, caption, latent)
-            for caption, latent in zip(images.captions, latents)]
+        reader = None if cache is None else _reader_of(patcher, clip)
+        conditions = [_kept_conditions(patcher, clip, caption, latent, reader, cache)
+                      for caption, latent in zip(images.captions, latents)]
     # Out of inference mode, since autograd will meet them.
     with torch.inference_mode(False):
         latents = tuple(t.clone() for t in latents)
@@ -59,6 +59,29 @@ def conditions_of(patcher, clip, caption: str, latent: torch.Tensor) -> dict[str
     """What the diffusion model is given for a caption, by argument name, as when sampling."""
     [embedding, extra], *_ = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
     return _conditions(patcher, embedding, extra, latent)
+
+
+def _kept_conditions(patcher, clip, caption: str, latent: torch.Tensor, reader: str | None,
+                     cache: Path | None) -> dict[str, torch.Tensor]:
+    """`conditions_of`, from the disk if this text encoder has read the caption before."""
+    if reader is None:
+        return conditions_of(patcher, clip, caption, latent)
+    # The tokens rather than the words: an embedding that a word names is part of them.
+    key = repr((reader, clip.tokenize(caption), tuple(latent.shape)))
+    path = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
+    found = _read(path)
+    if found is None:
+        found = conditions_of(patcher, clip, caption, latent)
+        _keep(path, found, "quanttune.conditions")
+    return found
+
+
+def _reader_of(patcher, clip) -> str:
+    """A key for what turns captions into conditions: the text encoder as set up, the family."""
+    patches = clip.patcher.patches_uuid if clip.patcher.patches else ""
+    setup = (type(patcher.model).__name__, type(clip.tokenizer).__name__, str(patches),
+             clip.layer_idx, clip.tokenizer_options)
+    return repr(setup) + _weights_key(clip.cond_stage_model)
 
 
 def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
@@ -106,27 +129,44 @@ def _latent(picture, patcher, vae, identity: str, cache: Path | None, index: int
     key = hashlib.sha256(identity.encode())
     key.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
     path = None if cache is None else Path(cache) / f"{key.hexdigest()[:40]}.safetensors"
-    if path is not None and path.exists():
-        try:
-            return read_safetensors(path)[1]["latent"].clone()
-        except (QuantTuneError, KeyError):
-            path.unlink(missing_ok=True)
+    found = None if path is None else _read(path)
+    if found is not None and "latent" in found:
+        return found["latent"]
     latent = patcher.model.process_latent_in(vae.encode(picture[None]))[0].float().cpu()
     if not torch.isfinite(latent).all():
         raise QuantTuneError(f"The VAE makes NaN of image {index + 1}; use another VAE, or start "
                              "ComfyUI with --fp32-vae.")
     if path is not None:
-        try:
-            write_safetensors(path, {"latent": latent}, {"format": "quanttune.latent"})
-        except QuantTuneError:
-            pass  # without a cache it is computed again next time
+        _keep(path, {"latent": latent}, "quanttune.latent")
     return latent
+
+
+def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    """Tensors of a cache file; None, and no file any more, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return {name: t.clone() for name, t in read_safetensors(path)[1].items()}
+    except QuantTuneError:
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _keep(path: Path, tensors: Mapping[str, torch.Tensor], kind: str) -> None:
+    try:
+        write_safetensors(path, tensors, {"format": kind})
+    except QuantTuneError:
+        pass  # without a cache it is computed again next time
 
 
 def identity_of(patcher, vae) -> str:
     """A key for the VAE and the latent format: a few of its weights and their names."""
-    digest = hashlib.sha256(type(patcher.model.latent_format).__name__.encode())
-    for name, value in sorted(vae.first_stage_model.state_dict().items()):
+    return type(patcher.model.latent_format).__name__ + _weights_key(vae.first_stage_model)
+
+
+def _weights_key(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -68,10 +68,20 @@ def test_what_was_trained_can_be_applied_and_saved(nodes, starter, images):
     assert again.metadata == scales.metadata
 
 
+def count(method, calls):
+    """``method``, noting each call in ``calls``."""
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+    return counted
+
+
 def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, images,
                                                                 monkeypatch):
     import comfy.model_management as management
     import comfy.utils
+
+    from quanttune.training.trainer import ScaleTrainer
 
     whole = train(nodes, starter, images, run_name="whole").args[0]
     node = nodes["QuantTuneTrainScales"]
@@ -83,13 +93,16 @@ def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, 
             management.interrupt_current_processing(True)
         return asked(bar, value, total, preview)
 
-    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", press_stop)
-    output = train(nodes, starter, images, run_name="stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.utils.ProgressBar, "update_absolute", press_stop)
+        output = train(nodes, starter, images, run_name="stopped")
     assert not management.processing_interrupted(), "what follows in the graph still runs"
     assert output.args[0].metadata.steps == 3 and "queue again" in output.args[4]
     assert node.fingerprint_inputs(run_name="stopped") != new, "so the graph runs it again"
-    monkeypatch.undo()
-    rest = train(nodes, starter, images, run_name="stopped").args[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleTrainer, "_step", count(ScaleTrainer._step, taken := []))
+        rest = train(nodes, starter, images, run_name="stopped").args[0]
+    assert len(taken) == 3, "goes on instead of starting anew"
     assert rest.metadata.steps == 6
     assert all(torch.equal(a, b) for a, b in zip(rest.tensors(), whole.tensors()))
 
@@ -148,13 +161,36 @@ def test_latents_and_conditioning_instead_of_images(nodes, starter):
     assert output.args[0].metadata.steps == 6
 
 
-def test_latents_are_encoded_once(nodes, starter, images, host_folders):
-    train(nodes, starter, images)
+def test_latents_and_captions_are_encoded_once(nodes, starter, images, host_folders, monkeypatch):
+    from quanttune.host import encode
+
+    first = train(nodes, starter, images).args[0]
     cache = host_folders / "output" / "quanttune_runs" / ".cache"
     files = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
-    assert len(files) == 6
-    train(nodes, starter, images, run_name="second")
+    assert len(files) == 6 + len(set(images.captions)), "a file a picture and a caption"
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "conditions_of", None)
+        patch.setattr(starter[2], "encode", None)
+        second = train(nodes, starter, images, run_name="second").args[0]
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors()))
     assert files == {p: p.stat().st_mtime_ns for p in cache.iterdir()}
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+    third = train(nodes, starter, images, run_name="third").args[0]
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), third.tensors()))
+
+
+def test_a_text_encoder_with_a_lora_or_another_layer_reads_captions_anew(starter):
+    from quanttune.host.encode import _reader_of
+
+    model, clip, _ = starter
+    plain, skipped, patched = clip.clone(), clip.clone(), clip.clone()
+    skipped.clip_layer(-2)
+    name = next(k for k in clip.patcher.model_state_dict() if k.endswith("q_proj.weight"))
+    weight = clip.patcher.model_state_dict()[name]
+    patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
+    assert _reader_of(model, plain) == _reader_of(model, clip)
+    assert len({_reader_of(model, c) for c in (clip, skipped, patched)}) == 3
 
 
 REFUSED = {
