@@ -1,6 +1,6 @@
 """What input scales, experts and bit widths bring: the paper's Tables 3-4 in small.
 
-``python dev.py bench ablation [--json FILE] [-- --seeds 3 --steps 200 --bits 8 4 3 2]``
+``python dev.py bench ablation [--json FILE] [-- --seeds 3 --steps 400 --bits 8 4 3 2]``
 
 An unconditional DDPM of real pictures (scikit-learn's handwritten digits, 8 x 8) is trained in
 float, quantized once for each bit width (min/max, per output channel), and fine-tuned on the same
@@ -51,6 +51,7 @@ VARIANTS = {
 """Other settings of the trainer, each against "TuneQDM, N = 4" at 3 bits."""
 OTHERS = ("QLoRA r=2", "QLoRA r=32", "full fine-tune")
 RATES = (1e-3, 4e-3, 1.6e-2)
+"""Learning rates of LoRA and of full fine-tuning; those of scales are four times these."""
 TUNING_SEED = 99
 
 
@@ -60,8 +61,8 @@ def main(argv=None):
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, default=Path(".dev/bench"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--samples", type=int, default=1000)
@@ -118,7 +119,8 @@ class Ablation:
     def best_rate(self, method) -> float:
         """The learning rate of the lowest FID at 3 bits."""
         bits = None if method == "full fine-tune" else 3
-        return min(RATES, key=lambda r: self.result(method, bits, TUNING_SEED, r)["fid"])
+        rates = RATES if method in OTHERS else [4 * r for r in RATES]
+        return min(rates, key=lambda r: self.result(method, bits, TUNING_SEED, r)["fid"])
 
     def result(self, method, bits, seed, rate=0.0) -> dict:
         """One run, from the file if it is there."""

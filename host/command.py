@@ -16,12 +16,18 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-SECTIONS = {
-    "base": {"starter", "checkpoint", "quantized_unet", "bits", "keep_float", "device"},
-    "images": {"folder", "captions", "phrase", "resolution", "fit"},
-    "output": {"folder", "scales", "trackers"},
+_IMAGES = {"folder": str, "captions": str, "phrase": str, "resolution": int, "fit": str}
+SECTIONS: dict[str, dict[str, type] | None] = {
+    "base": {"starter": bool, "checkpoint": str, "quantized_unet": str, "bits": int,
+             "keep_float": str, "device": str},
+    "images": _IMAGES,
+    "class_images": _IMAGES,
+    "output": {"folder": str, "scales": str, "trackers": list},
     "training": None,
 }
+"""The words of each section and what they are; those of [training] are `ScaleTraining`'s."""
+TYPE_NAMES = {str: "a text in quotes", int: "a whole number", bool: "true or false",
+              list: "a list"}
 
 
 def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -37,22 +43,35 @@ def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise QuantTuneError(f"The configuration {path} is no valid TOML: {error}.") from error
     for name, values in config.items():
-        if name not in {*SECTIONS, "class_images"}:
+        if name not in SECTIONS:
             raise QuantTuneError(f"The configuration {path} has a section [{name}]; the sections "
-                                 f"are {', '.join([*SECTIONS, 'class_images'])}.")
-        known = SECTIONS["images"] if name == "class_images" else SECTIONS[name]
-        tables = values if isinstance(values, list) else [values]
-        for table in tables:
-            unknown = set() if known is None else set(table) - known
-            if unknown:
-                raise QuantTuneError(f"The configuration {path} has '{min(unknown)}' in [{name}]; "
-                                     f"known there are {', '.join(sorted(known))}.")
+                                 f"are {', '.join(SECTIONS)}.")
+        several = name == "images" and isinstance(values, list)
+        for table in values if several else [values]:
+            _check_table(path, name, table)
     for name in ("base", "images", "output"):
         if name not in config:
-            raise QuantTuneError(f"The configuration {path} has no section [{name}].")
+            raise QuantTuneError(f"The configuration {path} has no section [{name}]; add one.")
     if isinstance(config["images"], Mapping):
         config["images"] = [config["images"]]
     return config
+
+
+def _check_table(path, name: str, table: Any) -> None:
+    """Raise QuantTuneError for a section that is no table, or holds what it should not."""
+    if not isinstance(table, Mapping):
+        raise QuantTuneError(f"In the configuration {path}, '{name}' has to be a section: "
+                             f"[{name}] on a line of its own, then a line for each setting.")
+    known = SECTIONS[name]
+    if known is None:
+        return
+    for word, value in table.items():
+        if word not in known:
+            raise QuantTuneError(f"The configuration {path} has '{word}' in [{name}]; "
+                                 f"known there are {', '.join(sorted(known))}.")
+        if type(value) is not known[word]:
+            raise QuantTuneError(f"The configuration {path} has {word} = {value!r} in [{name}]; "
+                                 f"it has to be {TYPE_NAMES[known[word]]}.")
 
 
 def train_scales(path: str | Path) -> int:
@@ -127,7 +146,16 @@ def _load(base: Mapping[str, Any]):
         if not Path(name).is_file():
             raise QuantTuneError(f"The checkpoint {name} is not there; give the path of a file "
                                  "with model, text encoder and VAE.")
-        model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+        try:
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+        except Exception as error:  # whatever the host meets in a file that is none
+            reason = str(error).strip().split("\n")[0]
+            raise QuantTuneError(f"The file {name} is no checkpoint that ComfyUI can load "
+                                 f"({reason}); give one with model, text encoder and VAE."
+                                 ) from error
+        if None in (model, clip, vae):
+            raise QuantTuneError(f"The checkpoint {name} lacks a model, text encoder or VAE; give "
+                                 "a file with all three.")
     else:
         raise QuantTuneError("[base] needs 'checkpoint' (a file with text encoder and VAE) or "
                              "'starter = true'.")

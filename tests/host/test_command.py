@@ -1,6 +1,7 @@
 """`python -m quanttune train-scales`: configuration files and a run."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,12 @@ BAD = {
     "section": ("[bass]\n", r"section \[bass\]"),
     "word": ("[base]\nstartr = true\n", "startr"),
     "no images": ("[base]\nstarter=true\n[output]\n", r"no section \[images\]"),
+    "number for a text": ("[base]\ncheckpoint = 3\n", "checkpoint = 3 .*text in quotes"),
+    "text for a number": ("[base]\nbits = '4'\n", "bits = '4' .*whole number"),
+    "no table": ("base = 3\n", "'base' has to be a section"),
+    "images of no table": ("images = ['x']\n", "'images' has to be a section"),
+    "training of no table": ("training = 'fast'\n", "'training' has to be a section"),
+    "one tracker": ("[output]\ntrackers = 'tensorboard'\n", "a list"),
     "image word": ("[base]\n[output]\n[[images]]\nfolder='x'\nsize=3\n", "size"),
 }
 
@@ -73,4 +80,19 @@ def test_bad_configurations(case, tmp_path, comfy_inprocess):
         path.write_text(text)
     with pytest.raises(QuantTuneError, match=match) as caught:
         read_config(path)
-    assert "config.toml" in str(caught.value)
+    assert "config.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text,match", [
+    ("[base]\ncheckpoint='{folder}/none.safetensors'", "none.safetensors is not there"),
+    ("[base]\ncheckpoint='{folder}/config.toml'", "config.toml is no checkpoint"),
+    ("[base]\nstarter=true\nbits=5", "5"),
+    ("[base]\nstarter=true\ndevice='tpu'", "tpu"),
+])
+def test_bad_bases(text, match, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(text.format(folder=tmp_path.as_posix())
+                    + "\n[[images]]\nfolder='starter: pip'\n[output]\n")
+    done = run(path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(match, done.stderr.strip().splitlines()[-1]), done.stderr
