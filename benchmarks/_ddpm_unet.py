@@ -109,6 +109,7 @@ class DDPMUNet(nn.Module):
         image_channels: int,
     ) -> None:
         super().__init__()
+        self.channels = channels
         embedding = channels * 4
         widths = [channels * m for m in multipliers]
         self.temb = nn.Module()
@@ -145,7 +146,7 @@ class DDPMUNet(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Noise ``[B, C, H, W]`` in ``x`` of the same shape, at ``timesteps`` ``[B]`` of 0..999."""
-        half = self.conv_in.out_channels // 2
+        half = self.channels // 2
         rates = torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1))).to(x.device)
         angles = timesteps.float()[:, None] * rates
         embedding = self.temb.dense[0](torch.cat([angles.sin(), angles.cos()], 1))

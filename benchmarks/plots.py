@@ -1,0 +1,112 @@
+"""Pictures of the committed results, beside their tables: ``python dev.py bench plots``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BLUE, ORANGE, GREY = "#2f6fbf", "#e08a2e", "#9a9a9a"
+
+
+def main(argv=None):
+    """Draw every result whose JSON file is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="taken for the interface; nothing is measured")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    for name, draw in (("train_cost", train_cost), ("personalise-4bit", personalise),
+                       ("ablation", ablation)):
+        source = options.results / f"{name}.json"
+        if source.exists():
+            figure = draw(json.loads(source.read_text()))
+            figure.savefig(source.with_suffix(".png"), dpi=110)
+            print(source.with_suffix(".png"))
+
+
+def _figure(columns: int = 1):
+    """A figure without a window, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.6), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis in [axes] if columns == 1 else axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def train_cost(result):
+    """Memory and time of a training step, as bars."""
+    figure, axes = _figure(2)
+    methods = ("tuneqdm", "peqa", "lora", "dequant")
+    labels = ("TuneQDM", "PEQA", "LoRA r=4", "TuneQDM,\ndequantize +\nautograd")
+    for axis, key, unit, title in ((axes[0], "peak_bytes", 2**30, "peak memory, GiB"),
+                                   (axes[1], "seconds", 1, "seconds a step")):
+        for shift, suffix, colour, name in ((-0.2, "", BLUE, "activations recomputed"),
+                                            (0.2, " (activations kept)", GREY, "kept")):
+            values = [result["rows"][m + suffix][key] / unit for m in methods]
+            bars = axis.bar([i + shift for i in range(4)], values, 0.38, color=colour, label=name)
+            axis.bar_label(bars, fmt="%.1f", fontsize=8)
+        axis.set_xticks(range(4), labels, fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("A training step of SD1.5 at 4 bits, 512 px, batch 1", fontsize=11)
+    return figure
+
+
+def personalise(result):
+    """Subject fidelity against the size of what is kept."""
+    figure, axis = _figure()
+    rows: dict[str, list] = {}
+    for run in result["runs"].values():
+        if run["seed"] < 90:
+            rows.setdefault(run["method"], []).append(run)
+    for index, (method, runs) in enumerate(rows.items()):
+        values = [r["subject_fidelity"] for r in runs]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        if method == "untuned":
+            axis.axhline(mean, color=GREY, linestyle=":", linewidth=1)
+            axis.annotate("untuned", (0.02, mean), xycoords=("axes fraction", "data"), fontsize=8,
+                          va="bottom")
+            continue
+        size = runs[0]["bytes"] / 1e6
+        ours = method.startswith("recommended")
+        axis.errorbar(size, mean, spread, fmt="o", color=BLUE if ours else ORANGE, capsize=2)
+        axis.annotate(method, (size, mean), xytext=(5, 6 if index % 2 else -11),
+                      textcoords="offset points", fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlabel("MB kept for a subject")
+    axis.set_ylabel("subject fidelity")
+    axis.set_title(f"Starter model, {result['settings']['bits']} bits, "
+                   f"{result['settings']['steps']} steps", fontsize=10)
+    axis.margins(x=0.25)
+    return figure
+
+
+def ablation(result):
+    """FID of each method against the bit width."""
+    figure, axis = _figure()
+    runs = [r for r in result["runs"].values() if r["seed"] < 90]
+    widths = sorted({r["bits"] for r in runs if r["bits"]}, reverse=True)
+    for method in dict.fromkeys(r["method"] for r in runs):
+        points = [[r["fid"] for r in runs if r["method"] == method and r["bits"] == b]
+                  for b in widths]
+        if not all(points):
+            continue
+        dashed = method == "untuned" or "LoRA" in method
+        axis.plot(range(len(widths)), [statistics.mean(p) for p in points], marker="o",
+                  markersize=3, linewidth=1.3, linestyle="--" if dashed else "-", label=method)
+    plain = [r["fid"] for r in runs if r["method"] == "float"]
+    axis.axhline(statistics.mean(plain), color=GREY, linestyle=":", linewidth=1, label="float")
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(widths)), [f"{b} bits" for b in widths])
+    axis.set_ylabel("FID (of digits)")
+    axis.set_title("DDPM of handwritten digits, quantized and fine-tuned", fontsize=10)
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
