@@ -45,7 +45,7 @@ VARIANTS = {
     "s_in ~ N(1, 0.01)": {"s_in_noise": 0.1},
     "s_in at a third of the rate": {"s_in_learning_rate": 1 / 3},
     "s_in at three times the rate": {"s_in_learning_rate": 3.0},
-    "absolute s_out": {"absolute": True},
+    "absolute s_out, best rate": {"absolute": True},
     "timesteps 500-900 only": {"timestep_range": (0.5, 0.9)},
     "average of the scales (0.99)": {"ema_decay": 0.99},
     "min-SNR, gamma 5": {"min_snr_gamma": 5.0},
@@ -55,6 +55,7 @@ VARIANTS = {
 OTHERS = ("QLoRA r=2", "QLoRA r=32", "full fine-tune")
 RATES = (1e-3, 4e-3, 1.6e-2)
 """Learning rates of LoRA; those of scales are four times these, of full fine-tuning a tenth."""
+ABSOLUTE_RATES = (3e-5, 3e-4, 3e-3)
 TUNING_SEED = 99
 
 
@@ -129,7 +130,7 @@ class Ablation:
         """The learning rate of the lowest FID at 3 bits."""
         method, bits = tuned_as(method), None if method == "full fine-tune" else 3
         factor = 0.1 if bits is None else 1 if method in OTHERS else 4
-        rates = [factor * r for r in RATES]
+        rates = ABSOLUTE_RATES if method in VARIANTS else [factor * r for r in RATES]
         return min(rates, key=lambda r: self.result(method, bits, TUNING_SEED, r)["fid"])
 
     def result(self, method, bits, seed, rate=0.0) -> dict:

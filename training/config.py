@@ -35,8 +35,8 @@ class ScaleTraining:
         separate_experts: every expert has optimizer states of its own and moves only in the steps
             that sample it. False: one optimizer, whose momentum moves experts that were not
             sampled too (the paper's code).
-        stratified: draw experts in turn and timesteps evenly over the expert's interval, instead
-            of each timestep on its own.
+        stratified: draw timesteps evenly, all experts in a step if it has enough samples and else
+            in turn, instead of each timestep on its own (`sampling.TimestepSampler`).
         timestep_range: ``(first, last)`` as shares of T, to train a part of the timesteps only.
         optimizer: one of `OPTIMIZERS`; those of 8 bits and Lion come from bitsandbytes.
         weight_decay: decoupled, towards 0.
@@ -61,7 +61,7 @@ class ScaleTraining:
     gradient_accumulation: int = 1
     num_experts: int = 4
     train_s_in: bool = True
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     s_in_learning_rate: float = 0.0
     absolute: bool = False
     s_in_noise: float = 0.0

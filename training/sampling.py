@@ -62,8 +62,9 @@ class TimestepSampler:
         num_experts: N.
         num_timesteps: T.
         span: ``(first, last)`` shares of T that are trained.
-        stratified: one expert a step, all in turn, and timesteps evenly over its interval;
-            otherwise every timestep on its own.
+        stratified: timesteps evenly over the span, so that every expert has its share of a step;
+            in a step of fewer samples than experts, evenly over the interval of one expert, all
+            in turn. Otherwise every timestep on its own.
         seed: of the draw.
     """
 
@@ -84,15 +85,20 @@ class TimestepSampler:
         return [e for e in range(self.num_experts)
                 if self.interval(e)[1] - self.interval(e)[0] > 1e-9]
 
-    def expert(self, step: int) -> int:
-        """The expert of a stratified step: all in turn, shuffled anew each round."""
+    def expert(self, step: int, count: int = 1) -> int | None:
+        """The one expert of a stratified step: all in turn, shuffled anew each round.
+
+        None if the ``count`` samples of a step are enough for all of them to take part.
+        """
         active = self.active
+        if count >= len(active) > 1:
+            return None
         turn, position = divmod(step, len(active))
         order = torch.randperm(len(active), generator=generator_of(self.seed, "turn", turn))
         return active[int(order[position])]
 
     def timesteps(self, step: int, count: int, shared: bool = False) -> Tensor:
-        """``count`` timesteps in 0..T for a step, float64.
+        """``count`` timesteps for a step, float32, at least 0 and below T.
 
         shared: all experts train as one, so that the whole span is drawn from.
         """
@@ -100,9 +106,11 @@ class TimestepSampler:
         low, high = self.span
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         if self.stratified:
-            if not shared:
-                low, high = self.interval(self.expert(step))
+            expert = None if shared else self.expert(step, count)
+            if expert is not None:
+                low, high = self.interval(expert)
             order = torch.randperm(count, generator=generator)
             uniform = (order + uniform) / count
-        return ((low + uniform * (high - low)) * self.num_timesteps).clamp(
-            max=self.num_timesteps * (1 - 1e-9))
+        found = ((low + uniform * (high - low)) * self.num_timesteps).float()
+        end = torch.tensor(float(self.num_timesteps))
+        return found.clamp(max=float(torch.nextafter(end, torch.zeros(()))))

@@ -231,7 +231,11 @@ class ScaleTrainer:
                 loss = self._loss(order, part, piece, timesteps, shared)
                 self.accelerator.backward(loss * (weight / count))
                 total += float(loss.detach()) * weight / count
-        parameters = [p for p in self.scales.parameters() if p.grad is not None]
+        # Another process may have met an expert that this one has not.
+        present = {0} if shared else set(self._experts(timesteps))
+        parameters = [p for e in sorted(present) for group in self._parameters([e]) for p in group]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total = self._mean(total, parameters)
         if not math.isfinite(total):
             raise QuantTuneError(
@@ -245,11 +249,10 @@ class ScaleTrainer:
                 f"{self._saved}. Lower the learning rate and resume, or use precision fp32.")
         expert = -1
         if config.separate_experts:
-            for index, optimizer in enumerate(self.optimizers):
-                if self.scales.r_out[index].grad is not None:
-                    optimizer.step()
-            if config.stratified and not shared:
-                expert = self.timesteps.expert(step)
+            for index in sorted(present):
+                self.optimizers[index].step()
+            if len(present) == 1 and not shared:
+                expert = min(present)
         else:
             for p in self.scales.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -274,12 +277,9 @@ class ScaleTrainer:
         mine = slice(self.accelerator.process_index * config.batch_size,
                      (self.accelerator.process_index + 1) * config.batch_size)
         device = self.denoiser.device
-        clean, noise, timesteps = (v[mine].to(device) for v in (clean, noise, timesteps.float()))
+        clean, noise, timesteps = (v[mine].to(device) for v in (clean, noise, timesteps))
         conditions = {k: v[mine].to(device) for k, v in conditions.items()}
-        experts = [0] * len(clean)
-        if not shared:
-            share = timesteps.double().cpu() * config.num_experts / self.denoiser.num_timesteps
-            experts = share.floor().clamp(0, config.num_experts - 1).long().tolist()
+        experts = [0] * len(clean) if shared else self._experts(timesteps)
         sigma = self.denoiser.sigma(timesteps)
         denoised = self.denoiser.denoise(self.denoiser.noised(clean, noise, sigma), sigma,
                                          conditions, self.scales.select(experts),
@@ -287,6 +287,12 @@ class ScaleTrainer:
         weight = loss_weight(self.denoiser.kind, sigma, config.min_snr_gamma,
                              self.denoiser.sigma_data)
         return denoising_loss(clean, denoised, weight).mean()
+
+    def _experts(self, timesteps: Tensor) -> list[int]:
+        """The expert of each timestep (eq. 6)."""
+        count = self.config.num_experts
+        share = timesteps.double().cpu() * count / self.denoiser.num_timesteps
+        return share.floor().clamp(0, count - 1).long().tolist()
 
     def _mean(self, total: Tensor, parameters: list) -> float:
         """Average the gradients in place, and the loss, over the processes."""

@@ -44,8 +44,17 @@ def test_stratified_steps_visit_all_experts_in_turn():
     s = sampler()
     assert Counter(s.expert(i) for i in range(40)) == {0: 10, 1: 10, 2: 10, 3: 10}
     for step in range(20):
-        t = s.timesteps(step, 5)
+        t = s.timesteps(step, 3)
         assert (t.mul(4 / 1000).floor() == s.expert(step)).all()
+
+
+def test_a_step_of_enough_samples_trains_all_experts():
+    s = sampler()
+    for step in range(8):
+        assert s.expert(step, 3) is not None and s.expert(step, 4) is None
+        experts = s.timesteps(step, 8).mul(4 / 1000).floor().long().tolist()
+        assert Counter(experts) == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert sampler(num_experts=1).expert(0, 8) == 0
 
 
 def test_stratified_timesteps_are_spread_over_the_interval():
