@@ -32,6 +32,7 @@ from quanttune.training.data import TrainingSet
 SMALL = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,),
          "image_channels": 1}
 TIMESTEPS = 1000
+JUDGE_STEPS = 1500
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -169,7 +170,7 @@ def trained_judge(path: Path) -> tuple[Judge, float]:
         judge = Judge()
         optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(1500):
+        for _ in range(JUDGE_STEPS):
             chosen = torch.randint(0, 1437, (128,), generator=generator)
             noisy = pictures[chosen] + 0.1 * torch.randn(128, 1, 8, 8, generator=generator)
             loss = F.cross_entropy(judge.head(judge(noisy)), labels[chosen])
