@@ -57,31 +57,25 @@ def train_cost(result):
 
 
 def personalise(result):
-    """Subject fidelity against the size of what is kept."""
+    """Subject fidelity of each method, with its learning rate and the size of what is kept."""
     figure, axis = _figure()
-    rows: dict[str, list] = {}
+    rows: dict[tuple, list] = {}
     for run in result["runs"].values():
         if run["seed"] < 90:
-            rows.setdefault(run["method"], []).append(run)
-    for index, (method, runs) in enumerate(rows.items()):
+            rows.setdefault((run["method"], run["rate"]), []).append(run)
+    labels = []
+    for index, ((method, rate), runs) in enumerate(rows.items()):
         values = [r["subject_fidelity"] for r in runs]
-        mean, spread = statistics.mean(values), statistics.stdev(values)
-        if method == "untuned":
-            axis.axhline(mean, color=GREY, linestyle=":", linewidth=1)
-            axis.annotate("untuned", (0.02, mean), xycoords=("axes fraction", "data"), fontsize=8,
-                          va="bottom")
-            continue
-        size = runs[0]["bytes"] / 1e6
-        ours = method.startswith("recommended")
-        axis.errorbar(size, mean, spread, fmt="o", color=BLUE if ours else ORANGE, capsize=2)
-        axis.annotate(method, (size, mean), xytext=(5, 6 if index % 2 else -11),
-                      textcoords="offset points", fontsize=7)
-    axis.set_xscale("log")
-    axis.set_xlabel("MB kept for a subject")
-    axis.set_ylabel("subject fidelity")
+        size = f", {runs[0]['bytes'] / 1e6:.2f} MB" if "bytes" in runs[0] else ""
+        labels.append(f"{method}{f' ({rate:g})' if rate else ''}{size}")
+        axis.errorbar(statistics.mean(values), index, xerr=statistics.stdev(values), fmt="o",
+                      color=BLUE if method.startswith("recommended") else ORANGE, capsize=2)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", linewidth=0.4)
+    axis.set_xlabel("subject fidelity (mean and standard deviation)", fontsize=9)
     axis.set_title(f"Starter model, {result['settings']['bits']} bits, "
                    f"{result['settings']['steps']} steps", fontsize=10)
-    axis.margins(x=0.25)
     return figure
 
 
