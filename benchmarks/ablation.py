@@ -152,6 +152,8 @@ class Ablation:
         return self.runs[key]
 
     def _tuned(self, method, bits, seed, rate):
+        from quanttune.benchmarks._weights import train_weights
+
         denoiser = self.make(copy.deepcopy(self.unet), bits)
         if method in ("float", "untuned"):
             return denoiser, None, {"parameters": 0}
@@ -166,7 +168,7 @@ class Ablation:
             parameters = list(denoiser.unet.parameters())
         else:
             parameters = self._lora(denoiser, int(method.rpartition("=")[2]))
-        self._train(denoiser, parameters, seed, rate)
+        train_weights(denoiser, self.data, parameters, self._config("TuneQDM, N = 1", seed, rate))
         return denoiser, None, {"parameters": sum(p.numel() for p in parameters)}
 
     def _config(self, method, seed, rate):
@@ -188,28 +190,6 @@ class Ablation:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank,
                                            target_modules=list(denoiser.layers)), denoiser.unet)
         return [p for n, p in denoiser.unet.named_parameters() if "lora_" in n]
-
-    def _train(self, denoiser, parameters, seed, rate):
-        from quanttune.benchmarks._digits import noise_loss
-        from quanttune.training.optimizers import rate_factor
-        from quanttune.training.sampling import ExampleOrder, TimestepSampler, generator_of
-
-        torch, config = self.torch, self._config("TuneQDM, N = 1", seed, rate)
-        order = ExampleOrder(self.data.buckets(), config.batch_size, seed)
-        draw = TimestepSampler(1, 1000, (0.0, 1.0), True, seed)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        factor = rate_factor(config)
-        for step in range(config.steps):
-            clean, _ = self.data.batch(order.batch(step))
-            noise = torch.randn(clean.shape, generator=generator_of(seed, "noise", 0, step))
-            loss = noise_loss(denoiser, clean, draw.timesteps(step, len(clean)), noise)
-            optimizer.param_groups[0]["lr"] = rate * factor(step)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
 
     def _scores(self, denoiser, scales, seed, blended) -> dict:
         from torchmetrics.image.fid import FrechetInceptionDistance

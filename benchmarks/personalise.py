@@ -206,42 +206,20 @@ class Bench:
 
     def _weights(self, method, data, seed, rate):
         """LoRA over the integers (peft), or all float weights."""
-        import torch
-
+        from quanttune.benchmarks._lora import inject_lora
+        from quanttune.benchmarks._weights import train_weights
         from quanttune.host.training import training_copy
-        from quanttune.training.objective import denoising_loss, loss_weight
-        from quanttune.training.optimizers import rate_factor
-        from quanttune.training.sampling import ExampleOrder, TimestepSampler, generator_of
 
-        config = self._config(method, seed, rate)
-        order = ExampleOrder(data.buckets(), config.batch_size, seed)
-        draw = TimestepSampler(1, 1000, (0.0, 1.0), True, seed)
         full = method == "full fine-tune"
         with training_copy(self.quantized) as denoiser:
             unet = denoiser.base.diffusion_model
             if full:
-                unet = _float_weights(unet, self.model)
-                parameters = [p.requires_grad_(True) for p in unet.parameters()]
+                parameters = list(_float_weights(unet, self.model).parameters())
             else:
-                from quanttune.benchmarks._lora import inject_lora
-
                 parameters = inject_lora(unet, denoiser.shapes, int(method.rpartition("=")[2]))
-            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-            factor, start = rate_factor(config), time.process_time()
-            for step in range(config.steps):
-                clean, conditions = data.batch(order.batch(step))
-                noise = torch.randn(clean.shape, generator=generator_of(seed, "noise", 0, step))
-                sigma = denoiser.sigma(draw.timesteps(step, len(clean)).float())
-                out = denoiser.denoise(denoiser.noised(clean, noise, sigma), sigma, conditions, {})
-                loss = denoising_loss(clean, out, loss_weight("eps", sigma)).mean()
-                optimizer.param_groups[0]["lr"] = rate * factor(step)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-            seconds = (time.process_time() - start) / config.steps
-            for p in parameters:
-                p.requires_grad_(False)
+            start = time.process_time()
+            train_weights(denoiser, data, parameters, self._config(method, seed, rate))
+            seconds = (time.process_time() - start) / self.options.steps
             count = sum(p.numel() for p in parameters)
             return denoiser.patcher, {"seconds": seconds, "parameters": count,
                                       "bytes": count * (2 if full else 4)}
