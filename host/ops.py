@@ -20,6 +20,8 @@ class _ScaledOp:
 
     comfy_cast_weights = True
     active_scales = None
+    int8 = None
+    """``int8(input, scales)`` when this forward multiplies integers (``host.int8``)."""
 
     def _init_weights(self, device, dtype):
         self._load_device, self._load_dtype = device, dtype
@@ -117,6 +119,8 @@ class _ScaledOp:
 
     def forward(self, input, *args, **kwargs):
         comfy.ops.run_every_op()
+        if self.int8 is not None and not (torch.is_grad_enabled() and input.requires_grad):
+            return self.int8(input, self.active_scales)
         # Asking for the weight's own dtype keeps it packed unless a patch has to act on it.
         weight, bias, offloaded = comfy.ops.cast_bias_weight(
             self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,

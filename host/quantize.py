@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import comfy.model_management
 import torch
 from comfy.utils import ProgressBar
@@ -23,17 +25,19 @@ ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 """What a MODEL may have of its own beside the defaults of its family."""
 
 
-def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "model",
-                   split_shortcuts: bool = True):
+def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none",
+                   name: str = "model", split_shortcuts: bool = True, dtypes: tuple | None = None):
     """Quantize every Linear and Conv2d of a MODEL's diffusion model except those kept in float.
 
     Args:
         patcher: any MODEL the host loaded whose diffusion model is built from its operations.
         spec: bits, symmetry and range.
         keep: a preset name or comma-separated patterns of layer names to keep (see
-            ``quant.keep_float``).
+            ``quant.keep_float``), or those names themselves.
         name: what to call the model in messages and in files made from it.
         split_shortcuts: quantize the two inputs that meet in a UNet's shortcut convolutions apart.
+        dtypes: ``(dtype of what stays float, dtype to compute in or None for the same)``; by default
+            the source's.
 
     Returns:
         ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry
@@ -47,8 +51,10 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
             "This MODEL carries a bypass LoRA, which would stay on the float model; apply it after "
             "'Quantize UNet' instead.")
     source = patcher.model
-    layers_by_name = _quantizable_layers(source)
-    kept = keep_float(list(layers_by_name), keep)
+    layers_by_name = quantizable_layers(source)
+    kept = keep_float(list(layers_by_name), keep) if isinstance(keep, str) else set(keep)
+    if not isinstance(keep, str):
+        keep = ", ".join(sorted(keep))
     if len(kept) == len(layers_by_name):
         raise QuantTuneError(f"'{keep}' keeps every layer in float, so that nothing would be "
                              "quantized; choose fewer layers to keep.")
@@ -91,11 +97,12 @@ def quantize_model(patcher, spec: QuantSpec, keep: str = "none", name: str = "mo
     # The shared model may still carry a clone's object patch from the last sampling.
     own = {name: patcher.object_patches_backup.get(name, getattr(source, name))
            for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
-    dtypes = (source.get_dtype(), own.pop("manual_cast_dtype"))
+    own_cast = own.pop("manual_cast_dtype")
+    dtypes = dtypes or (source.get_dtype(), own_cast)
     return adopt(patcher, build_model(checkpoint, name, dtypes, own)), report
 
 
-def _quantizable_layers(source) -> dict[str, torch.nn.Module]:
+def quantizable_layers(source) -> dict[str, torch.nn.Module]:
     """Layers that become ours when the same UNet is built with our operations, by name."""
     config = dict(source.model_config.unet_config)
     try:

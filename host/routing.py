@@ -7,6 +7,7 @@ import logging
 import torch
 
 from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
+from . import int8
 from .ops import scaled_layers
 
 OPTION = "quanttune_router"
@@ -41,14 +42,17 @@ class ScaleRouter:
 
 
 def route_forwards(diffusion_model: torch.nn.Module) -> None:
-    """Make every forward of ``diffusion_model`` start by setting, or clearing, its scales.
+    """Make every forward of ``diffusion_model`` start by setting, or clearing, its scales and the
+    layers that multiply integers.
 
     A hook rather than one of the host's wrappers: not every family calls those, and a forward of
     a clone without scales must clear what a routed clone left behind. Scales are not cleared when
     a forward ends, because a checkpointed training step recomputes layers after that.
     """
     def route(module, args, kwargs):
-        router = (kwargs.get("transformer_options") or {}).get(OPTION)
+        options = kwargs.get("transformer_options") or {}
+        int8.prepare(module, _layers_of(module), options.get(int8.OPTION))
+        router = options.get(OPTION)
         if router is None:
             return apply_scales(module, None)
         timesteps = (args[1] if len(args) > 1

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
 from .checkpoint import LoadQuantizedUNet, SaveQuantizedUNet
+from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
 from .starter import LoadStarterModel
@@ -21,4 +22,4 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                WeightChangeMap]
+                WeightChangeMap, DynamicInt8]

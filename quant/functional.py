@@ -128,7 +128,7 @@ def apply_scales(
     _check_channels(scales, parts * weight.shape[0], weight.shape[1] * groups)
     r_out, s_in = scales.r_out, scales.s_in
     if s_in is not None:
-        x = _multiply(x, _per_sample(s_in, x, channel_dim))
+        x = multiply(x, per_sample(s_in, x, channel_dim))
     if split is None:
         return _combine([product(x, weight, None)], [r_out], bias, channel_dim)
     xs = x.split([split, x.shape[channel_dim] - split], dim=channel_dim)
@@ -144,7 +144,7 @@ def _combine(
     In half precision ``y * (r - 1) + bias`` is added to ``y``: a product with an ``r`` that is
     closer to 1 than half a rounding step would give ``y`` back unchanged.
     """
-    factors = [_per_sample(r, y, channel_dim) for y, r in zip(ys, rows)]
+    factors = [per_sample(r, y, channel_dim) for y, r in zip(ys, rows)]
     if ys[0].dtype == factors[0].dtype:
         terms = [y * f if torch.is_grad_enabled() else y.mul_(f) for y, f in zip(ys, factors)]
     else:
@@ -181,7 +181,7 @@ def _quantized(
                 if qweight.numel <= x.numel() or x.dtype != scales.s_in.dtype:
                     s_in = scales.s_in[0]
                 else:
-                    x = x * _per_sample(scales.s_in, x, channel_dim)
+                    x = x * per_sample(scales.s_in, x, channel_dim)
             scales = None
     weight = dequantize_weight(qweight, x, scales, r_out, s_in)
     bias = None if bias is None else bias.to(x.dtype)
@@ -250,10 +250,10 @@ def _check(qweight: QuantizedWeight, scales: LayerScales | None, groups: int, x:
     _check_channels(scales, qweight.parts * qweight.shape[0], qweight.shape[1] * groups)
     for rows in (scales.r_out, scales.s_in):
         if rows is not None and x.shape[0] % rows.shape[0]:
-            raise _rows_error(rows, x)
+            raise rows_error(rows, x)
 
 
-def _rows_error(rows: Tensor, x: Tensor) -> QuantTuneError:
+def rows_error(rows: Tensor, x: Tensor) -> QuantTuneError:
     return QuantTuneError(
         f"The scales are for {rows.shape[0]} samples, but the layer got a batch of shape "
         f"{list(x.shape)}; use a batch size that is a multiple of {rows.shape[0]}."
@@ -273,21 +273,21 @@ def _check_channels(scales: LayerScales, outputs: int, inputs: int) -> None:
             )
 
 
-def _per_sample(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+def per_sample(rows: Tensor, like: Tensor, channel_dim: int) -> Tensor:
     """Scale rows ``[N, C]`` shaped to multiply ``like``, whose first dimension is the batch."""
     trailing = [1] * (-channel_dim - 1)
     if rows.shape[0] == 1:
         return rows.view(-1, *trailing)
     batch = like.shape[0]
     if like.dim() <= -channel_dim or batch % rows.shape[0]:
-        raise _rows_error(rows, like)
+        raise rows_error(rows, like)
     if batch != rows.shape[0]:
         rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
     middle = [1] * (like.dim() + channel_dim - 1)
     return rows.view(batch, *middle, -1, *trailing)
 
 
-def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+def multiply(x: Tensor, factor: Tensor) -> Tensor:
     """``x * factor`` in the dtype of ``x``, without rounding the factor to half precision.
 
     Half precision holds ``factor - 1`` to 8 bits or better where it would lose most of ``factor``,

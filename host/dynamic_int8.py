@@ -1,0 +1,128 @@
+"""MODEL in, MODEL that multiplies integers out (Singh & Kumar; Diffusia's dynamic quantization)."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+
+from ..quant import QuantSpec, QuantTuneError, keep_float
+from ..quant.int8 import Granularity
+from . import int8_speed
+from .build import quantized_model
+from .int8 import OPTION, Int8Mode, backend_of
+from .layout import is_uniform
+from .ops import scaled_layers
+from .quantize import quantizable_layers, quantize_model
+
+LAYERS = {
+    "all": "none",
+    "convolutions": None,
+    "all but first and last": "first_last",
+    "all but time embedding": "time_embedding",
+    "all but first, last and time": "first_last_time",
+}
+"""Choices of layers, as the ``quant.QUANTIZE_PRESETS`` of those that stay out; None: all Linear."""
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "unchanged")
+GRANULARITIES = ("auto", *(g.value for g in Granularity))
+SPEC = QuantSpec(8, symmetric=True)
+"""How a float MODEL is quantized: symmetric integers need no correction in a product."""
+
+
+def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granularity: str = "auto",
+                 fast_attention: bool = True, name: str = "model"):
+    """A MODEL whose Linear and convolutions multiply 8-bit integers.
+
+    A float MODEL is quantized to 8 bits first. A quantized one keeps its integers (those of 4 bits
+    and fewer are unpacked to 8 for the product), which both MODELs then share.
+
+    Args:
+        patcher: any MODEL; LoRAs may come before or after, scales after or, on a quantized MODEL,
+            before.
+        layers: a key of `LAYERS`.
+        precision: what everything else computes in; "auto" is bfloat16 on processors that have
+            instructions for it, and no change elsewhere.
+        granularity: what shares an activation scale, see ``quant.int8.Granularity``.
+        fast_attention: on a processor, use PyTorch's attention in place of the host's default.
+        name: what to call the model in messages.
+
+    Returns:
+        ``(MODEL, note)``; the note says what runs and what it gains here.
+    """
+    device = comfy.model_management.get_torch_device()
+    dtype = _dtype(precision, device)
+    lines = []
+    if quantized_model(patcher) is None:
+        kept = _kept(list_linear(quantizable_layers(patcher.model)), layers)
+        quantized, report = quantize_model(
+            patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None))
+        lines.append(str(report))
+    else:
+        quantized = patcher.clone()
+        if dtype is not None and dtype != _computes_in(quantized):
+            quantized.set_model_compute_dtype(dtype)
+    own = {n: m for n, m in scaled_layers(quantized.model.diffusion_model).items()
+           if is_uniform(m.weight)}
+    kept = _kept(list_linear(own), layers)
+    chosen = frozenset(own) - kept
+    if not chosen:
+        raise QuantTuneError(
+            f"No layer of '{name}' is left to multiply integers with layers = '{layers}'; choose "
+            "'all', or a base that was quantized without keeping those layers in float.")
+    backend, refused = backend_of(device)
+    options = quantized.model_options["transformer_options"]
+    if backend is None:
+        reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items())
+        lines.append(f"Integer products are not available on {device} ({reasons}): the model "
+                     "computes in float with its integer weights, which saves memory but no time.")
+        logging.warning(lines[-1])
+    else:
+        options[OPTION] = Int8Mode(
+            chosen, None if granularity == "auto" else Granularity(granularity))
+        lines.append(f"{len(chosen)} layers multiply integers. "
+                     f"{int8_speed.describe(backend, _computes_in(quantized, dtype))}")
+    if fast_attention and _slow_attention(device, options):
+        options["optimized_attention_override"] = _use_pytorch_attention
+        lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")
+    return quantized, "\n".join(lines)
+
+
+def list_linear(modules: dict) -> dict[str, bool]:
+    """Layer name to whether it is a Linear."""
+    return {name: isinstance(m, torch.nn.Linear) for name, m in modules.items()}
+
+
+def _kept(is_linear: dict[str, bool], layers: str) -> set[str]:
+    if layers not in LAYERS:
+        raise QuantTuneError(f"layers is '{layers}', but it has to be one of {', '.join(LAYERS)}.")
+    if LAYERS[layers] is None:
+        return {name for name, linear in is_linear.items() if linear}
+    return keep_float(list(is_linear), LAYERS[layers])
+
+
+def _computes_in(patcher, dtype=None) -> torch.dtype:
+    model = patcher.model
+    return dtype or model.manual_cast_dtype or model.get_dtype()
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to compute in, or None to leave the MODEL's."""
+    if precision not in PRECISIONS:
+        raise QuantTuneError(
+            f"precision is '{precision}', but it has to be one of {', '.join(PRECISIONS)}.")
+    if precision == "auto":
+        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else None
+    return None if precision == "unchanged" else getattr(torch, precision)
+
+
+def _slow_attention(device: torch.device, options: dict) -> bool:
+    """Whether the host would use one of its own kernels, which on a processor are much slower."""
+    return (device.type == "cpu" and "optimized_attention_override" not in options
+            and optimized_attention is not attention_pytorch)
+
+
+def _use_pytorch_attention(chosen, *args, **kwargs):
+    return attention_pytorch(*args, **kwargs)

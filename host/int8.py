@@ -1,0 +1,135 @@
+"""Integer products in a MODEL: which layers, prepared when, from which weight."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from ..quant import QuantizedWeight, QuantSpec
+from ..quant.int8 import BACKENDS, ConvGeometry, Granularity, Int8Layer, SharedActivation, choose
+from .layout import is_uniform, unwrap
+
+OPTION = "quanttune_int8"
+"""Key in ``transformer_options`` of the `Int8Mode` of a forward."""
+PATCHED = QuantSpec(8, symmetric=True)
+"""How a weight is quantized again when a LoRA has changed it."""
+
+
+@dataclass(frozen=True)
+class Int8Mode:
+    """Which layers of a MODEL multiply integers, and what shares an activation scale."""
+
+    layers: frozenset[str]
+    granularity: Granularity | None = None
+
+
+class _Ready:
+    """An `Int8Layer` with its bias, and what both were made from."""
+
+    def __init__(self, module, layer: Int8Layer):
+        self.layer, self.bias = layer, module.bias
+        for function in module.bias_function if self.bias is not None else ():
+            self.bias = function(self.bias)
+        if self.bias is not None:
+            self.bias = self.bias.detach().float()
+
+    def __call__(self, x, scales):
+        return self.layer(x, self.bias, scales)
+
+
+class _State:
+    """What a diffusion model keeps for its integer products, whichever clones use them."""
+
+    def __init__(self):
+        self.ready: dict[str, tuple[tuple, _Ready | None]] = {}
+        self.shared: defaultdict[str, SharedActivation] = defaultdict(SharedActivation)
+
+
+def prepare(diffusion_model, layers: dict, mode: Int8Mode | None) -> None:
+    """Give each of ``layers`` what its next forward needs, or None for the ordinary path.
+
+    Weights are brought into the backend's form once and kept, whatever clones do. Called outside
+    of compiled code, at the start of each forward.
+    """
+    state = diffusion_model.__dict__.get("quanttune_int8")
+    if mode is None and state is None:
+        return
+    if state is None:
+        state = diffusion_model.__dict__["quanttune_int8"] = _State()
+    for shared in state.shared.values():
+        shared.forget()
+    for name, module in layers.items():
+        wanted = mode is not None and name in mode.layers
+        module.int8 = _ready(state, name, module, mode) if wanted else None
+
+
+def _ready(state: _State, name: str, module, mode: Int8Mode) -> _Ready | None:
+    source = (module.weight, *module.weight_function, module.bias, *module.bias_function,
+              mode.granularity)
+    known = state.ready.get(name)
+    if known is None or not _same(known[0], source):
+        ready = _make(module, mode)
+        parent, _, role = name.rpartition(".")
+        if ready is not None and role in ("to_q", "to_k", "to_v"):
+            ready.layer.shared = state.shared[parent]
+        known = state.ready[name] = (source, ready)
+    return known[1]
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+
+
+def _make(module, mode: Int8Mode) -> _Ready | None:
+    """None for a layer that cannot take integers: no backend, odd padding, unknown patches."""
+    patches = module.weight_function
+    if not is_uniform(module.weight):
+        return None
+    if not all(getattr(p, "is_lowvram_patch", False) for p in patches):
+        return None
+    conv = geometry(module)
+    if isinstance(module, torch.nn.Conv2d) and conv is None:
+        return None
+    channels = module.weight.shape[1] * getattr(module, "groups", 1), module.weight.shape[0]
+    backend, _ = choose(BACKENDS, module.weight.device, conv, channels)
+    if backend is None:
+        return None
+    packed = unwrap(module.weight)
+    if patches:
+        packed = _patched(packed, patches)
+    return _Ready(module, Int8Layer(packed, conv, backend, mode.granularity))
+
+
+def _patched(packed: QuantizedWeight, patches) -> QuantizedWeight:
+    """The weight with its LoRA, rounded to 8 bits whatever it had before."""
+    weight = packed.dequantize()
+    for patch in patches:
+        weight = patch(weight)
+    return QuantizedWeight.quantize(weight, PATCHED, packed.split)
+
+
+def geometry(module) -> ConvGeometry | None:
+    """How a Conv2d walks, or None for a Linear and for paddings that differ left and right."""
+    if not isinstance(module, torch.nn.Conv2d):
+        return None
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+        if any(s % 2 for s in spans):
+            return None
+        padding = tuple(s // 2 for s in spans)
+    return ConvGeometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
+
+
+def backend_of(device: torch.device):
+    """``(backend or None, reasons)`` for the Linear and convolutions of a model on ``device``."""
+    conv = ConvGeometry((3, 3), (1, 1), (1, 1))
+    backend, refused = choose(BACKENDS, device, conv, (64, 64))
+    for name, reason in refused.items():
+        logging.info("QuantTune: INT8 by %s is not used: %s", name, reason)
+    return backend, refused

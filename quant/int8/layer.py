@@ -1,0 +1,164 @@
+"""A Linear or Conv2d that multiplies integers (W8A8, W4A8), with TuneQDM's scales folded in."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import QuantTuneError
+from ..functional import multiply, per_sample
+from ..scales import LayerScales
+from ..weight import QuantizedWeight
+from . import op
+from .activation import Granularity, QuantizedActivation, quantize_tensor, quantize_tokens
+from .backend import Backend, ConvGeometry
+from .weight import Int8Weight
+
+
+class SharedActivation:
+    """The last activation that layers with one input quantized, so that it is done once.
+
+    The query, key and value projections of an attention run one after the other on one tensor. A
+    tensor that is still the same object has the same values then; call `forget` before each
+    forward of the model, between which it need not.
+    """
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self._source, self._granularity, self._quantized = lambda: None, None, None
+
+    def get(self, x: Tensor, granularity: Granularity) -> QuantizedActivation | None:
+        """The quantized ``x`` if it was the last one."""
+        same = self._source() is x and self._granularity is granularity
+        return self._quantized if same else None
+
+    def put(self, x: Tensor, granularity: Granularity, quantized: QuantizedActivation) -> None:
+        """Keep a quantized ``x``, as long as something else keeps ``x`` itself."""
+        self._source = weakref.ref(x, lambda _: self.forget())
+        self._granularity, self._quantized = granularity, quantized
+
+
+class Int8Layer:
+    """``y = r_out * f(q(x * s_in)) + b`` with ``f`` an integer product.
+
+    ``s_in`` multiplies the activation where it is quantized and ``r_out`` the output scale, so that
+    the scales of one expert cost nothing. Samples with experts of their own are scaled one by one.
+
+    Args:
+        qweight: any packed weight; 4 bits and fewer are unpacked to 8 (W4A8).
+        conv: None for a Linear.
+        backend: see `backend.choose`.
+        granularity: what shares an activation scale; None for what suits the backend.
+
+    Attributes:
+        shared: where layers that read the same tensor find it quantized, or None.
+
+    Raises:
+        QuantTuneError: a grouped convolution with split input channels.
+    """
+
+    def __init__(self, qweight: QuantizedWeight, conv: ConvGeometry | None, backend: Backend,
+                 granularity: Granularity | None = None):
+        if qweight.split is not None and conv is not None and conv.groups != 1:
+            raise QuantTuneError(
+                "A grouped convolution cannot have its input channels split for quantization; "
+                "quantize this layer without a split.")
+        self.conv, self.backend = conv, backend
+        self.shared: SharedActivation | None = None
+        # One row of scales would have to follow each pixel through the window of a convolution.
+        self.granularity = granularity or backend.granularity
+        if conv is not None:
+            self.granularity = Granularity.TENSOR
+        self.parts = [_Part(columns, weight, conv, backend)
+                      for columns, weight in Int8Weight.parts(qweight)]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None,
+                 scales: LayerScales | None = None) -> Tensor:
+        """The layer's output in the dtype of ``x``, as `functional.linear` or `conv2d` give it.
+
+        Args:
+            x: ``[batch, ..., in]``, or ``[batch, in, height, width]`` for a convolution, best in
+                channels-last memory, which is what comes out.
+            bias: ``[out]`` or None.
+            scales: one row for all samples or one row a sample.
+        """
+        if self.conv is None:
+            return self._forward(x, bias, scales)
+        return self._forward(x.movedim(1, -1), bias, scales).movedim(-1, 1)
+
+    def _forward(self, x, bias, scales):
+        r_out = s_in = None
+        if scales is not None:
+            r_out = scales.r_out.chunk(len(self.parts), dim=1)
+            s_in = scales.s_in
+        one_expert = r_out is None or r_out[0].shape[0] == 1
+        folds = one_expert and len(self.parts) == 1 and self.parts[0].offset is None
+        total = None
+        for index, part in enumerate(self.parts):
+            q = self._quantize(x, s_in, part.columns)
+            out_scale = part.scale
+            if r_out is not None and one_expert:
+                out_scale = out_scale * r_out[index][0]
+            y = part(q, out_scale, bias if folds else None, x.dtype)
+            y = y.view(*x.shape[:-1], -1) if self.conv is None else y
+            if not one_expert:
+                y = multiply(y, per_sample(r_out[index], y, -1))
+            total = y if total is None else total + y
+        return total if folds or bias is None else total + bias.to(total.dtype)
+
+    def _quantize(self, x: Tensor, s_in: Tensor | None, columns: slice) -> QuantizedActivation:
+        """``x * s_in`` in 8 bits, as tokens ``[n, in]`` or as images, channels last."""
+        shares = self.shared is not None and s_in is None and not torch.compiler.is_compiling()
+        known = self.shared.get(x, self.granularity) if shares else None
+        if known is not None:
+            return known
+        inputs = x if len(self.parts) == 1 else x[..., columns]
+        if s_in is not None:
+            s_in = per_sample(s_in[:, columns], inputs, -1)
+        if self.conv is None:
+            tokens = inputs.reshape(-1, inputs.shape[-1])
+            if s_in is not None and s_in.dim() > 1:
+                s_in = s_in.expand(inputs.shape).reshape(tokens.shape)
+            inputs = tokens
+        quantize = quantize_tokens if self.granularity is Granularity.TOKEN else quantize_tensor
+        quantized = quantize(inputs, s_in)
+        if shares:
+            self.shared.put(x, self.granularity, quantized)
+        return quantized
+
+
+class _Part:
+    """One integer product over some of the input channels."""
+
+    def __init__(self, columns: slice, weight: Int8Weight, conv, backend):
+        self.columns, self.scale, self.offset = columns, weight.scale, weight.offset
+        self.conv = conv
+        self.prepared = backend.prepare(weight, conv)
+        self.handle = op.register(self.prepared)
+
+    def __call__(self, q: QuantizedActivation, out_scale, bias, dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            y = op.product(q, out_scale, bias, self.handle, dtype, self.conv)
+        else:
+            y = self.prepared(q, out_scale, bias, dtype)
+        return y if self.offset is None else y + self._offset(q, out_scale).to(dtype)
+
+    def _offset(self, q: QuantizedActivation, out_scale: Tensor) -> Tensor:
+        """``out_scale * offset`` times the sum of the activations that each output reads."""
+        values = q.values.float() - q.zero_point
+        if self.conv is None:
+            sums = values.sum(-1, keepdim=True) * q.scale
+        else:
+            c = self.conv
+            grouped = values.unflatten(-1, (c.groups, -1)).sum(-1).movedim(-1, 1)
+            window = torch.ones(c.groups, 1, *c.kernel, device=values.device)
+            sums = F.conv2d(grouped, window, None, c.stride, c.padding, c.dilation, c.groups)
+            sums = sums.movedim(1, -1) * q.scale
+            sums = sums.repeat_interleave(out_scale.shape[0] // c.groups, dim=-1)
+        return sums * (out_scale * self.offset)
