@@ -12,7 +12,7 @@ from ..quant import QuantSpec, QuantTuneError, keep_float
 from ..quant.int8 import Granularity
 from . import int8_speed
 from .build import quantized_model
-from .int8 import OPTION, Int8Mode, backend_of
+from .int8 import OPTION, Int8Mode, backend_for
 from .layout import is_uniform
 from .ops import scaled_layers
 from .quantize import quantizable_layers, quantize_model
@@ -55,33 +55,36 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
     dtype = _dtype(precision, device)
     lines = []
     if quantized_model(patcher) is None:
-        kept = _kept(list_linear(quantizable_layers(patcher.model)), layers)
+        kept = _kept(quantizable_layers(patcher.model), layers)
         quantized, report = quantize_model(
             patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None))
+        chosen = _integer_layers(quantized).keys()
         lines.append(str(report))
     else:
         quantized = patcher.clone()
         if dtype is not None and dtype != _computes_in(quantized):
             quantized.set_model_compute_dtype(dtype)
-    own = {n: m for n, m in scaled_layers(quantized.model.diffusion_model).items()
-           if is_uniform(m.weight)}
-    kept = _kept(list_linear(own), layers)
-    chosen = frozenset(own) - kept
-    if not chosen:
-        raise QuantTuneError(
-            f"No layer of '{name}' is left to multiply integers with layers = '{layers}'; choose "
-            "'all', or a base that was quantized without keeping those layers in float.")
-    backend, refused = backend_of(device)
+        own = _integer_layers(quantized)
+        chosen = own.keys() - _kept(scaled_layers(quantized.model.diffusion_model), layers)
+        if not chosen:
+            raise QuantTuneError(
+                f"No layer of '{name}' is left to multiply integers with layers = '{layers}'; "
+                "choose 'all', or a base that was quantized without keeping those layers in float.")
+    modules = scaled_layers(quantized.model.diffusion_model)
+    found = {layer: backend_for(modules[layer], device) for layer in sorted(chosen)}
+    backend = next((b for b, _ in found.values() if b is not None), None)
     options = quantized.model_options["transformer_options"]
     if backend is None:
-        reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items())
+        _, refused = next(iter(found.values()))
+        reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items()) or "none is known"
         lines.append(f"Integer products are not available on {device} ({reasons}): the model "
                      "computes in float with its integer weights, which saves memory but no time.")
         logging.warning(lines[-1])
     else:
+        taken = sum(b is not None for b, _ in found.values())
         options[OPTION] = Int8Mode(
-            chosen, None if granularity == "auto" else Granularity(granularity))
-        lines.append(f"{len(chosen)} layers multiply integers. "
+            frozenset(chosen), None if granularity == "auto" else Granularity(granularity))
+        lines.append(f"{taken} of {len(modules)} layers multiply integers. "
                      f"{int8_speed.describe(backend, _computes_in(quantized, dtype))}")
     if fast_attention and _slow_attention(device, options):
         options["optimized_attention_override"] = _use_pytorch_attention
@@ -89,17 +92,19 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
     return quantized, "\n".join(lines)
 
 
-def list_linear(modules: dict) -> dict[str, bool]:
-    """Layer name to whether it is a Linear."""
-    return {name: isinstance(m, torch.nn.Linear) for name, m in modules.items()}
+def _integer_layers(patcher) -> dict:
+    """The layers of a quantized MODEL that hold integers, by name."""
+    layers = scaled_layers(patcher.model.diffusion_model)
+    return {name: m for name, m in layers.items() if is_uniform(m.weight)}
 
 
-def _kept(is_linear: dict[str, bool], layers: str) -> set[str]:
+def _kept(modules: dict, layers: str) -> set[str]:
+    """Names of the layers that stay in float."""
     if layers not in LAYERS:
         raise QuantTuneError(f"layers is '{layers}', but it has to be one of {', '.join(LAYERS)}.")
     if LAYERS[layers] is None:
-        return {name for name, linear in is_linear.items() if linear}
-    return keep_float(list(is_linear), LAYERS[layers])
+        return {name for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
+    return keep_float(list(modules), LAYERS[layers])
 
 
 def _computes_in(patcher, dtype=None) -> torch.dtype:

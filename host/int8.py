@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -90,17 +89,13 @@ def _make(module, mode: Int8Mode) -> _Ready | None:
         return None
     if not all(getattr(p, "is_lowvram_patch", False) for p in patches):
         return None
-    conv = geometry(module)
-    if isinstance(module, torch.nn.Conv2d) and conv is None:
-        return None
-    channels = module.weight.shape[1] * getattr(module, "groups", 1), module.weight.shape[0]
-    backend, _ = choose(BACKENDS, module.weight.device, conv, channels)
+    backend, _ = backend_for(module)
     if backend is None:
         return None
     packed = unwrap(module.weight)
     if patches:
         packed = _patched(packed, patches)
-    return _Ready(module, Int8Layer(packed, conv, backend, mode.granularity))
+    return _Ready(module, Int8Layer(packed, geometry(module), backend, mode.granularity))
 
 
 def _patched(packed: QuantizedWeight, patches) -> QuantizedWeight:
@@ -126,10 +121,15 @@ def geometry(module) -> ConvGeometry | None:
     return ConvGeometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
 
 
-def backend_of(device: torch.device):
-    """``(backend or None, reasons)`` for the Linear and convolutions of a model on ``device``."""
-    conv = ConvGeometry((3, 3), (1, 1), (1, 1))
-    backend, refused = choose(BACKENDS, device, conv, (64, 64))
-    for name, reason in refused.items():
-        logging.info("QuantTune: INT8 by %s is not used: %s", name, reason)
-    return backend, refused
+def backend_for(module, device: torch.device | None = None):
+    """The backend that multiplies a Linear or Conv2d in integers, and why others do not.
+
+    Returns:
+        ``(backend or None, {name of a backend: reason})``.
+    """
+    conv = geometry(module)
+    if conv is None and isinstance(module, torch.nn.Conv2d):
+        return None, {"any": f"padding {module.padding} is not the same on both sides"}
+    outputs, inputs = module.weight.shape[:2]
+    channels = inputs * getattr(module, "groups", 1), outputs
+    return choose(BACKENDS, device or module.weight.device, conv, channels)

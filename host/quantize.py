@@ -36,8 +36,8 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
             ``quant.keep_float``), or those names themselves.
         name: what to call the model in messages and in files made from it.
         split_shortcuts: quantize the two inputs that meet in a UNet's shortcut convolutions apart.
-        dtypes: ``(dtype of what stays float, dtype to compute in or None for the same)``; by default
-            the source's.
+        dtypes: ``(dtype of what stays float, dtype to compute in or None for the same)``; by
+            default the source's.
 
     Returns:
         ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry

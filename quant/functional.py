@@ -254,6 +254,7 @@ def _check(qweight: QuantizedWeight, scales: LayerScales | None, groups: int, x:
 
 
 def rows_error(rows: Tensor, x: Tensor) -> QuantTuneError:
+    """What to raise when a batch is no multiple of the rows of scales."""
     return QuantTuneError(
         f"The scales are for {rows.shape[0]} samples, but the layer got a batch of shape "
         f"{list(x.shape)}; use a batch size that is a multiple of {rows.shape[0]}."

@@ -69,7 +69,9 @@ class Backend(Protocol):
 
 
 def choose(
-    backends: list[Backend], device: torch.device, conv: ConvGeometry | None,
+    backends: list[Backend],
+    device: torch.device,
+    conv: ConvGeometry | None,
     channels: tuple[int, int],
 ) -> tuple[Backend | None, dict[str, str]]:
     """The first backend that takes a layer, and why those before it did not."""

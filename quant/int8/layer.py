@@ -63,23 +63,31 @@ class Int8Layer:
         QuantTuneError: a grouped convolution with split input channels.
     """
 
-    def __init__(self, qweight: QuantizedWeight, conv: ConvGeometry | None, backend: Backend,
-                 granularity: Granularity | None = None):
+    def __init__(
+        self,
+        qweight: QuantizedWeight,
+        conv: ConvGeometry | None,
+        backend: Backend,
+        granularity: Granularity | None = None,
+    ):
         if qweight.split is not None and conv is not None and conv.groups != 1:
             raise QuantTuneError(
                 "A grouped convolution cannot have its input channels split for quantization; "
-                "quantize this layer without a split.")
+                "quantize this layer without a split."
+            )
         self.conv, self.backend = conv, backend
         self.shared: SharedActivation | None = None
         # One row of scales would have to follow each pixel through the window of a convolution.
         self.granularity = granularity or backend.granularity
         if conv is not None:
             self.granularity = Granularity.TENSOR
-        self.parts = [_Part(columns, weight, conv, backend)
-                      for columns, weight in Int8Weight.parts(qweight)]
+        self.parts = [
+            _Part(columns, weight, conv, backend) for columns, weight in Int8Weight.parts(qweight)
+        ]
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None,
-                 scales: LayerScales | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, bias: Tensor | None = None, scales: LayerScales | None = None
+    ) -> Tensor:
         """The layer's output in the dtype of ``x``, as `functional.linear` or `conv2d` give it.
 
         Args:

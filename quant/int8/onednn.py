@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .activation import (
     Granularity,
-    QuantizedActivation,
     check_finite,
     quantize_tensor,
     quantize_tokens,
@@ -28,7 +27,7 @@ OUTPUTS = (torch.float32, torch.bfloat16)
 THIN = 16
 """Channels that the integer instructions take at a time; a UNet's first and last convolution have 4
 of one kind and are among its most sensitive layers."""
-TRIED_SIZES = (4, 16, 32, 64, 256, 1024)
+TRIED_SIZES = (16, 64, 1024)
 """Image sizes whose prepacked layouts are tried beside that of the actual size; see `_Conv2d`."""
 
 
@@ -42,14 +41,23 @@ class _Linear:
         """The int8 values again: prepacking only reorders them."""
         return self.packed.to_dense().t()
 
-    def __call__(
-        self, x: QuantizedActivation, out_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def __call__(self, x, out_scale, bias, dtype):
         per_token = x.scale.dim() > 0
         output = torch.ops.onednn.qlinear_pointwise(
-            x.values, 1.0 if per_token else check_finite(float(x.scale)), int(x.zero_point), self.packed,
-            out_scale, self.zeros, None if per_token else bias, 1.0, 0,
-            dtype if dtype in OUTPUTS else torch.float32, "none", [], "")
+            x.values,
+            1.0 if per_token else check_finite(float(x.scale)),
+            int(x.zero_point),
+            self.packed,
+            out_scale,
+            self.zeros,
+            None if per_token else bias,
+            1.0,
+            0,
+            dtype if dtype in OUTPUTS else torch.float32,
+            "none",
+            [],
+            "",
+        )
         if per_token:
             output = output.mul_(x.scale) if output.dtype == torch.float32 else output * x.scale
             output = output.to(dtype) if bias is None else output.add_(bias).to(dtype)
@@ -77,14 +85,19 @@ class _Conv2d:
         """The int8 values again: prepacking only reorders them."""
         return self.packed if not self.size else self.packed.to_dense()
 
-    def __call__(
-        self, x: QuantizedActivation, out_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def __call__(self, x, out_scale, bias, dtype):
         output_dtype = dtype if dtype in OUTPUTS else torch.float32
-        arguments = (x.values.movedim(-1, 1), check_finite(float(x.scale)), int(x.zero_point), out_scale, bias,
-                     output_dtype)
+        arguments = (
+            x.values.movedim(-1, 1),
+            check_finite(float(x.scale)),
+            int(x.zero_point),
+            out_scale,
+            bias,
+            output_dtype,
+        )
         height, width = x.values.shape[1:3]
-        case = (self.shape, self.conv, height, width, output_dtype, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        case = (self.shape, self.conv, height, width, output_dtype, threads)
         if case not in self.chosen:
             self.chosen[case] = self._fastest(height, width, arguments)
         self._prepack(self.chosen[case])
@@ -106,15 +119,39 @@ class _Conv2d:
         values, c = self.unpack(), self.conv
         scales = torch.ones(self.shape[0])
         self.packed = torch.ops.onednn.qconv_prepack(
-            values, scales, 1.0, 128, list(c.stride), list(c.padding), list(c.dilation), c.groups,
-            [1, self.shape[1] * c.groups, size, size])
+            values,
+            scales,
+            1.0,
+            128,
+            list(c.stride),
+            list(c.padding),
+            list(c.dilation),
+            c.groups,
+            [1, self.shape[1] * c.groups, size, size],
+        )
         self.size = size
 
     def _run(self, x, scale, zero_point, out_scale, bias, dtype) -> Tensor:
         c = self.conv
         return torch.ops.onednn.qconv2d_pointwise(
-            x, scale, zero_point, self.packed, out_scale, self.zeros, bias, list(c.stride),
-            list(c.padding), list(c.dilation), c.groups, 1.0, 0, dtype, "none", [], "")
+            x,
+            scale,
+            zero_point,
+            self.packed,
+            out_scale,
+            self.zeros,
+            bias,
+            list(c.stride),
+            list(c.padding),
+            list(c.dilation),
+            c.groups,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            "",
+        )
 
 
 class OneDNNBackend:
@@ -125,6 +162,7 @@ class OneDNNBackend:
     keeps_copy = True
 
     def refuses(self, device, conv, channels):
+        """Everything but processors that pass the trial, and convolutions of few channels."""
         if device.type != "cpu":
             return "it runs on the processor only"
         if conv is not None and min(channels) < THIN:
@@ -132,6 +170,7 @@ class OneDNNBackend:
         return _trial()
 
     def prepare(self, weight, conv):
+        """Prepacked for AMX or VNNI; the values can be read back with ``unpack``."""
         return _Linear(weight) if conv is None else _Conv2d(weight, conv)
 
 
@@ -158,8 +197,12 @@ def _trial() -> str | None:
         ):
             ours = _Linear(weight) if geometry is None else _Conv2d(weight, geometry)
             expected = ReferenceProduct(weight, geometry)(q, scale, bias, torch.float32)
-            if not torch.allclose(ours(q, scale, bias, torch.float32), expected, rtol=1e-4,
-                                  atol=1e-4 * float(expected.abs().max())):
+            if not torch.allclose(
+                ours(q, scale, bias, torch.float32),
+                expected,
+                rtol=1e-4,
+                atol=1e-4 * float(expected.abs().max()),
+            ):
                 return "its results are wrong on this processor (no VNNI?)"
             if not torch.equal(ours.unpack(), weight.values):
                 return "prepacked weights cannot be read back with this torch"

@@ -1,8 +1,8 @@
 """The integer product as one operator, so that a compiler sees a call and not what is inside.
 
-Prepared weights are opaque to torch (blocked layouts, functions of other libraries), so the operator
-gets a *handle*: a one-element tensor that names one of them. As a tensor it is an input of a compiled
-graph and two layers of one shape share their graph; as a number it would be compiled in.
+Prepared weights are opaque to torch (blocked layouts, functions of other libraries), so the
+operator gets a *handle*: a one-element tensor that names one of them. As a tensor it is an input of
+a compiled graph; as a number it would be compiled in.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ _product = getattr(torch.ops, _NAME).int8_product.default
 
 
 def product(
-    x: QuantizedActivation, out_scale: Tensor, bias: Tensor | None, handle: Tensor,
-    dtype: torch.dtype, conv: ConvGeometry | None,
+    x: QuantizedActivation,
+    out_scale: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    dtype: torch.dtype,
+    conv: ConvGeometry | None,
 ) -> Tensor:
     """Run the prepared weight that ``handle`` names, in compiled code; see `backend.Prepared`."""
     walk = [] if conv is None else [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]

@@ -35,7 +35,9 @@ class Int8Weight:
         """
         border = qweight.split
         inputs = qweight.shape[1]
-        columns = [slice(0, inputs)] if border is None else [slice(0, border), slice(border, inputs)]
+        columns = (
+            [slice(0, inputs)] if border is None else [slice(0, border), slice(border, inputs)]
+        )
         codes = qweight.codes().view(qweight.shape).to(torch.int16)
         shape = (-1, *[1] * (len(qweight.shape) - 1))
         return [

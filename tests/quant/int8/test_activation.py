@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def sample(shape, kind="normal", dtype=torch.float32):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = {"normal": x, "positive": x.abs() + 1, "negative": -x.abs() - 1, "zero": x * 0,
-         "huge": x * 1e30, "tiny": x * 1e-30, "silu": torch.nn.functional.silu(x * 3)}[kind]
+         "huge": x * (1e4 if dtype == torch.float16 else 1e30), "tiny": x * 1e-30, "silu": torch.nn.functional.silu(x * 3)}[kind]
     return x.to(dtype)
 
 
@@ -28,8 +28,6 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("kind", ["normal", "positive", "negative", "zero", "huge", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_tensor_is_within_half_a_step(way, kind, dtype):
-    if dtype == torch.float16 and kind == "huge":
-        pytest.skip("more than float16 holds")
     x = sample((3, 5, 17), kind, dtype)
     q = quantize_tensor(x)
     assert q.values.dtype == torch.uint8 and q.scale.shape == q.zero_point.shape == ()

@@ -57,8 +57,9 @@ def test_this_machine_has_a_backend():
 
 @each_backend
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("tokens,inputs,outputs", [(1, 1, 1), (1, 320, 64), (5, 17, 3), (77, 768, 320),
-                                                   (2, 64, 1281)])
+@pytest.mark.parametrize("tokens,inputs,outputs", [
+    (1, 1, 1), (1, 320, 64), (5, 17, 3), (77, 768, 320), (2, 64, 1281),
+])
 @pytest.mark.parametrize("quantize", [quantize_tensor, quantize_tokens])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear(backend, dtype, tokens, inputs, outputs, quantize, with_bias):

@@ -1,0 +1,320 @@
+"""Dynamic INT8 on a MODEL: error, clones, LoRA, scales, what it says and what it refuses."""
+
+import pytest
+import torch
+
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
+from quanttune.tests.host.test_lora import lora_file, with_lora
+
+
+@pytest.fixture(autouse=True)
+def _inference(comfy_inprocess):
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def needs_a_backend(comfy_inprocess):
+    from quanttune.host.int8 import backend_for
+
+    backend, refused = backend_for(torch.nn.Linear(64, 64))
+    if backend is None:
+        pytest.skip(f"this machine has no integer backend: {refused}")
+
+
+def fast(model, layers="all", precision="float32", **options):
+    from quanttune.host.dynamic_int8 import dynamic_int8
+
+    return dynamic_int8(model, layers, precision, **options)
+
+
+def error(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def integer_layers(patcher):
+    """How many layers multiplied integers in the last forward."""
+    return sum(m.int8 is not None for m in models_layers(patcher).values())
+
+
+def models_layers(patcher):
+    from quanttune.host.ops import scaled_layers
+
+    return scaled_layers(patcher.model.diffusion_model)
+
+
+@pytest.mark.parametrize("family", list(models.FAMILIES))
+def test_a_float_model_becomes_one_of_integers(family):
+    source = models.small_model(family)
+    arguments = models.inputs(source)
+    expected = models.forward(source, arguments)
+    model, note = fast(source)
+    assert error(models.forward(model, arguments), expected) < 0.06
+    layers = models_layers(model)
+    thin = {n for n, m in layers.items() if m.int8 is None}
+    assert thin == {"input_blocks.0.0", "out.2"}, "all but the convolutions of 4 channels"
+    assert f"{len(layers) - 2} of {len(layers)} layers multiply" in note and "oneDNN" in note
+    assert models.relative(models.forward(source, arguments), expected) == 0, "source unchanged"
+
+
+def test_the_starter_at_every_noise_level():
+    """<= 3 % over a schedule, on latents as a sampler meets them."""
+    import comfy.sample
+
+    from quanttune.starter.load import load_starter
+
+    model, clip, _ = load_starter()
+    context = clip.encode_from_tokens(clip.tokenize("a red striped star on a blue background"),
+                                      return_pooled=True)[0]
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = comfy.sample.sample(model, noise, 8, 1.0, "dpmpp_2m", "karras", [[context, {}]],
+                                  [[context * 0, {}]], torch.zeros_like(noise), seed=0)
+    latents = model.model.process_latent_in(latents)
+    integers, _ = fast(model)
+    difference = norm = 0.0
+    for timestep in range(50, 1000, 100):
+        sigma = model.model.model_sampling.sigma(torch.tensor(float(timestep)))
+        x = (latents + noise * sigma) / (sigma**2 + 1) ** 0.5
+        arguments = {"x": x, "timesteps": torch.tensor([float(timestep)]),
+                     "context": context}
+        expected = models.forward(model, arguments)
+        difference += float((models.forward(integers, arguments) - expected).square().sum())
+        norm += float(expected.square().sum())
+    assert (difference / norm) ** 0.5 < 0.03
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_quantized_model_keeps_its_integers(bits):
+    quantized, _ = quantize(models.small_model(), bits)
+    arguments = models.inputs(quantized)
+    expected = models.forward(quantized, arguments)
+    model, _ = fast(quantized)
+    assert models.quantized_model(model) is models.quantized_model(quantized)
+    assert model.model is quantized.model, "one copy of the integers"
+    assert error(models.forward(model, arguments), expected) < 0.06
+    assert integer_layers(model) > 30
+    assert models.relative(models.forward(quantized, arguments), expected) == 0
+    assert integer_layers(quantized) == 0, "a clone without it is never touched"
+
+
+def test_integers_are_prepared_once():
+    model, _ = fast(models.small_model())
+    arguments = models.inputs(model)
+    first = models.forward(model, arguments)
+    kept = {n: m.int8 for n, m in models_layers(model).items()}
+    assert torch.equal(models.forward(model, arguments), first)
+    assert all(m.int8 is kept[n] for n, m in models_layers(model).items())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_scales_before_and_after(mixed):
+    from quanttune.host.routing import apply_scale_set
+
+    quantized, _ = quantize(models.small_model(), 8)
+    scales = models.random_scales(quantized)
+    arguments = models.inputs(quantized, (999.0, 10.0) if mixed else (600.0, 600.0))
+    routed = apply_scale_set(quantized, scales, 1.0, "s")[0]
+    expected = models.forward(routed, arguments)
+    assert error(expected, models.forward(quantized, arguments)) > 0.15
+    before = models.forward(fast(routed)[0], arguments)
+    after = models.forward(apply_scale_set(fast(quantized)[0], scales, 1.0, "s")[0], arguments)
+    assert error(before, expected) < 0.06
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("base", ["float", "8", "4"])
+def test_lora_before_and_after(order, base):
+    source = models.small_model()
+    if base != "float":
+        source, _ = quantize(source, int(base))
+    lora, arguments = lora_file(models.small_model()), models.inputs(source)
+    expected = models.forward(with_lora(source, lora), arguments)
+    without = models.forward(source, arguments)
+    assert error(expected, without) > 0.15
+    model = (fast(with_lora(source, lora))[0] if order == "before"
+             else with_lora(fast(source)[0], lora))
+    assert error(models.forward(model, arguments), expected) < 0.06
+    assert integer_layers(model) > 30, "the patched layers multiply integers, too"
+    if order == "after":
+        assert error(models.forward(fast(source)[0], arguments), without) < 0.06
+
+
+def test_a_bypass_lora():
+    source = models.small_model()
+    lora, arguments = lora_file(source), models.inputs(source)
+    expected = models.forward(with_lora(source, lora), arguments)
+    got = models.forward(with_lora(fast(source)[0], lora, bypass=True), arguments)
+    assert error(got, expected) < 0.06
+
+
+@pytest.mark.parametrize("layers,kind", [("convolutions", torch.nn.Conv2d),
+                                         ("all but first, last and time", None),
+                                         ("all but time embedding", None)])
+@pytest.mark.parametrize("base", ["float", "8"])
+def test_layers_that_stay_out(layers, kind, base):
+    source = models.small_model()
+    if base != "float":
+        source, _ = quantize(source, 8)
+    arguments = models.inputs(source)
+    expected = models.forward(source, arguments)
+    model, _ = fast(source, layers)
+    assert error(models.forward(model, arguments), expected) < 0.06
+    active = {n: m for n, m in models_layers(model).items() if m.int8 is not None}
+    assert active
+    if kind is not None:
+        assert all(isinstance(m, kind) for m in active.values())
+    else:
+        assert not any("emb" in n for n in active)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_granularity(granularity):
+    from quanttune.quant.int8 import Granularity
+
+    source = models.small_model()
+    arguments = models.inputs(source)
+    model, _ = fast(source, granularity=granularity)
+    assert error(models.forward(model, arguments), models.forward(source, arguments)) < 0.06
+    linear = models_layers(model)["time_embed.0"].int8.layer
+    assert linear.granularity is Granularity(granularity)
+
+
+@pytest.mark.parametrize("base", ["float", "8"])
+def test_precision_reaches_a_real_sampler(base):
+    """Sampled by the host: the MODEL computes in bfloat16 and the picture stays."""
+    import comfy.sample
+
+    source = models.small_model()
+    if base != "float":
+        source, _ = quantize(source, 8)
+    model, _ = fast(source, precision="bfloat16")
+    seen = set()
+    layer = models_layers(model)["input_blocks.1.0.in_layers.2"]
+    hook = layer.register_forward_pre_hook(lambda m, args: seen.add(args[0].dtype))
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(1))
+
+    def sampled(patcher):
+        return comfy.sample.sample(patcher, noise, 4, 1.0, "euler", "normal", [[context, {}]],
+                                   [[context, {}]], torch.zeros_like(noise), seed=0)
+
+    got = sampled(model)
+    hook.remove()
+    assert seen == {torch.bfloat16}
+    assert error(got, sampled(source)) < 0.15
+
+
+def test_fast_attention_only_where_the_host_has_a_slow_one(monkeypatch):
+    from comfy.ldm.modules import attention
+
+    from quanttune.host import dynamic_int8
+
+    key = "optimized_attention_override"
+    for slow in (True, False):
+        monkeypatch.setattr(dynamic_int8, "optimized_attention", attention.attention_sub_quad
+                            if slow else attention.attention_pytorch)
+        model, note = fast(models.small_model())
+        assert (key in model.model_options["transformer_options"]) is slow
+        assert ("Attention" in note) is slow
+        assert key not in fast(models.small_model(), fast_attention=False)[0].model_options[
+            "transformer_options"]
+    monkeypatch.setattr(dynamic_int8, "optimized_attention", attention.attention_sub_quad)
+    own = models.small_model()
+    own.model_options["transformer_options"][key] = attention.attention_pytorch
+    assert fast(own)[0].model_options["transformer_options"][key] is attention.attention_pytorch
+
+
+def test_attention_is_the_same(monkeypatch):
+    from comfy.ldm.modules import attention
+
+    from quanttune.host import dynamic_int8
+
+    monkeypatch.setattr(dynamic_int8, "optimized_attention", attention.attention_sub_quad)
+    source = models.small_model()
+    arguments = models.inputs(source)
+    quick, plain = (models.forward(fast(source, fast_attention=on)[0], arguments)
+                    for on in (True, False))
+    assert error(quick, plain) < 0.02
+
+
+def test_it_can_be_saved_and_asked_for_again(host_folders):
+    from quanttune.host.build import load_model
+    from quanttune.host.save import save_model
+
+    model, _ = fast(models.small_model())
+    arguments = models.inputs(model)
+    expected = models.forward(model, arguments)
+    again, note = fast(model)
+    assert torch.equal(models.forward(again, arguments), expected)
+    assert "layers multiply integers" in note
+    path, _ = save_model(model, "m")
+    loaded, _ = fast(load_model(path))
+    assert torch.equal(models.forward(loaded, arguments), expected)
+
+
+def test_without_a_backend_it_says_so_and_computes_in_float(monkeypatch, caplog):
+    from quanttune.host import int8
+
+    monkeypatch.setattr(int8, "BACKENDS", [])
+    source = models.small_model()
+    arguments = models.inputs(source)
+    model, note = fast(source)
+    assert "not available" in note and "no time" in caplog.text
+    assert error(models.forward(model, arguments), models.forward(source, arguments)) < 0.03
+    assert integer_layers(model) == 0
+
+
+def test_an_activation_without_range_stops_with_a_sentence():
+    from quanttune.quant import QuantTuneError
+
+    model, _ = fast(models.small_model())
+    arguments = models.inputs(model)
+    arguments["context"] = arguments["context"] * float("nan")
+    with pytest.raises(QuantTuneError, match="NaN or infinite"):
+        models.forward(model, arguments)
+
+
+def test_nothing_left_to_do_is_an_error():
+    from quanttune.quant import QuantTuneError
+
+    source = models.small_model()
+    quantized, _ = quantize(source, 8, keep="*.in_layers.*, *.out_layers.*, *skip*, *proj*, *.op, "
+                                            "*.conv, input_blocks.0.0, out.2")
+    for layers, message in (("convolutions", "No layer"), ("most", "has to be one of")):
+        with pytest.raises(QuantTuneError, match=message):
+            fast(quantized, layers)
+    with pytest.raises(QuantTuneError, match="precision"):
+        fast(source, precision="float64")
+
+
+def test_compiles_once_for_all_timesteps_and_experts():
+    """In blocks, as the stock compile node can be told to; no graph break in a block."""
+    from comfy.ldm.modules.attention import SpatialTransformer
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+
+    from quanttune.host.routing import apply_scale_set
+
+    quantized, _ = quantize(models.small_model(), 8)
+    model = apply_scale_set(fast(quantized)[0], models.random_scales(quantized), 1.0, "s")[0]
+    timesteps = [(t, t) for t in (999.0, 700.0, 400.0, 100.0, 50.0)]
+    expected = [models.forward(model, models.inputs(model, t)) for t in timesteps]
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    blocks = [m for m in model.model.diffusion_model.middle_block
+              if isinstance(m, (ResBlock, SpatialTransformer))]
+    assert len(blocks) == 3
+    torch._dynamo.reset()
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+    models.forward(model, models.inputs(model, timesteps[0]))
+    after_first = len(compiled)
+    for t, wanted in zip(timesteps, expected):
+        assert error(models.forward(model, models.inputs(model, t)), wanted) < 0.06
+    assert after_first <= len(blocks)
+    assert len(compiled) == after_first, "another timestep or expert needs no compilation"
