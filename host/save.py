@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 
-from ..quant import QuantTuneError, ScaleSet, save_quantized_unet, save_scale_set
+import torch
+
+from ..quant import (
+    QuantizedWeight,
+    QuantSpec,
+    QuantTuneError,
+    ScaleSet,
+    save_quantized_unet,
+    save_scale_set,
+)
+from ..quant.safe_file import write_safetensors
 from .build import quantized_model
 from .folders import output_path
 
@@ -16,10 +27,7 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
         raise QuantTuneError(
             "This MODEL is not quantized by QuantTune; put 'Quantize UNet' before 'Save Quantized "
             "UNet', or save it with 'Save Model'.")
-    if patcher.patches:
-        raise QuantTuneError(
-            "This MODEL has a LoRA or merge on top, which integers cannot hold; connect the model "
-            "from before the LoRA and apply the LoRA again after loading.")
+    _refuse_patches(patcher, "'Save Quantized UNet'")
     checkpoint = model.checkpoint
     path = output_path(prefix)
     model.checkpoint.metadata = save_quantized_unet(path, checkpoint.layers, checkpoint.floats,
@@ -27,11 +35,75 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
     return path, _summary(path)
 
 
+STOCK_PREFIX = "model.diffusion_model."
+STOCK_FORMAT = {"format": "int8_tensorwise"}
+"""What ComfyUI's own loader calls symmetric 8-bit weights with activations quantized by the row."""
+MIDDLE = 128
+
+
+def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
+    """Save a quantized MODEL as a file that ComfyUI's own *Load Diffusion Model* runs in INT8.
+
+    ComfyUI multiplies integers in Linear layers alone, symmetric with one scale an output channel:
+    such layers of 8 bits are written as they are, others are rounded to that once more, and
+    convolutions go back to float16. Returns the path and a summary that says so.
+    """
+    model = quantized_model(patcher)
+    if model is None:
+        raise QuantTuneError(
+            "This MODEL is not quantized by QuantTune; put 'Quantize UNet' with 8 bits, symmetric, "
+            "before 'Save for Stock ComfyUI'.")
+    _refuse_patches(patcher, "'Save for Stock ComfyUI'")
+    tensors, counts = {}, {"linear": 0, "again": 0, "float": 0}
+    squared_error = squared_norm = 0.0
+    for name, weight in model.checkpoint.layers.items():
+        key = f"{STOCK_PREFIX}{name}"
+        if len(weight.shape) != 2:
+            tensors[f"{key}.weight"] = weight.dequantize(torch.float16)
+            counts["float"] += 1
+            continue
+        exact = weight
+        if weight.bits != 8 or not weight.symmetric or weight.split is not None:
+            full = weight.dequantize()
+            exact = QuantizedWeight.quantize(full, QuantSpec(8, symmetric=True))
+            squared_error += float((exact.dequantize() - full).square().sum())
+            squared_norm += float(full.square().sum())
+            counts["again"] += 1
+        codes = exact.codes().view(exact.shape).to(torch.int16) - MIDDLE
+        tensors[f"{key}.weight"] = codes.to(torch.int8)
+        tensors[f"{key}.weight_scale"] = exact.scale
+        tensors[f"{key}.comfy_quant"] = torch.tensor(
+            list(json.dumps(STOCK_FORMAT).encode()), dtype=torch.uint8)
+        counts["linear"] += 1
+    for name, value in model.checkpoint.floats.items():
+        tensors[f"{STOCK_PREFIX}{name}"] = value.to(torch.float16)
+    if not counts["linear"]:
+        raise QuantTuneError(
+            "This MODEL has no quantized Linear layer, and ComfyUI runs no other in INT8; quantize "
+            "it without keeping those in float.")
+    path = output_path(prefix)
+    write_safetensors(path, tensors, {"format": "comfyui.int8_tensorwise", "source": model.name})
+    lines = [_summary(path), f"{counts['linear']} Linear layers in INT8, {counts['float']} "
+             "convolutions in float16 (ComfyUI has no integers for them)."]
+    if counts["again"]:
+        error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+        lines.append(f"{counts['again']} layers were not symmetric 8-bit and were rounded once "
+                     f"more (error {100 * error:.2f} %).")
+    return path, "\n".join(lines)
+
+
 def save_scales(scale_set: ScaleSet, prefix: str) -> tuple[str, str]:
     """Save a scale set; returns its path and a one-line summary."""
     path = output_path(prefix)
     save_scale_set(path, scale_set)
     return path, _summary(path)
+
+
+def _refuse_patches(patcher, node: str) -> None:
+    if patcher.patches:
+        raise QuantTuneError(
+            f"This MODEL has a LoRA or merge on top, which integers cannot hold; connect {node} to "
+            "the model from before the LoRA and apply the LoRA again after loading.")
 
 
 def _summary(path: str) -> str:

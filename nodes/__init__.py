@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
-from .checkpoint import LoadQuantizedUNet, SaveQuantizedUNet
+from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
@@ -22,4 +22,4 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                WeightChangeMap, DynamicInt8]
+                WeightChangeMap, DynamicInt8, SaveForStock]

@@ -1,10 +1,10 @@
-"""Load Quantized UNet and Save Quantized UNet."""
+"""Load Quantized UNet, Save Quantized UNet and Save for Stock ComfyUI."""
 
 from comfy_api.latest import io, ui
 
 from ..host import folders
 from ..host.build import load_model
-from ..host.save import save_model
+from ..host.save import save_for_stock, save_model
 
 
 class LoadQuantizedUNet(io.ComfyNode):
@@ -63,4 +63,36 @@ class SaveQuantizedUNet(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         path, summary = save_model(model, filename_prefix)
+        return io.NodeOutput(path, ui=ui.PreviewText(summary))
+
+
+class SaveForStock(io.ComfyNode):
+    """Quantized MODEL to a file that needs no pack."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuantTuneSaveForStock",
+            display_name="Save for Stock ComfyUI",
+            category="QuantTune/savers",
+            description="Writes a quantized model for people without this pack: ComfyUI's own "
+                        "'Load Diffusion Model' runs its Linear layers in INT8. Convolutions, for "
+                        "which ComfyUI has no integers, go back to float16.",
+            search_aliases=["int8_tensorwise", "export", "native int8"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A model from 'Quantize UNet', best with 8 bits "
+                                                "and symmetric: its Linear layers are written as "
+                                                "they are. Other bits are rounded once more."),
+                io.String.Input("filename_prefix", default="diffusion_models/model-int8",
+                                tooltip="Name of the file in the output folder; a number is "
+                                        "added. Move it to models/diffusion_models."),
+            ],
+            outputs=[io.String.Output("path", display_name="path",
+                                      tooltip="Where the file was written.")],
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        path, summary = save_for_stock(model, filename_prefix)
         return io.NodeOutput(path, ui=ui.PreviewText(summary))

@@ -50,6 +50,30 @@ def test_an_empty_pattern_is_not_taken_for_none(pattern, nodes):
                  pattern=pattern)
 
 
+def test_dynamic_int8_says_what_runs(nodes):
+    with torch.inference_mode():
+        output = run_node(nodes["QuantTuneDynamicInt8"], model=models.small_model(),
+                          precision="float32")
+        model, note = output.args
+        arguments = models.inputs(model)
+        assert models.forward(model, arguments).isfinite().all()
+    assert "integer" in note.lower() and note.splitlines()[-1] in json.dumps(
+        output.ui.as_dict()).replace("\\n", "\n")
+    assert models.quantized_model(model) is not None
+
+
+def test_save_for_stock_writes_where_it_says(nodes):
+    with torch.inference_mode():
+        quantized = run_node(nodes["QuantTuneQuantizeUNet"], model=models.small_model(), bits="8",
+                             symmetric=True).args[0]
+        output = run_node(nodes["QuantTuneSaveForStock"], model=quantized,
+                          filename_prefix="diffusion_models/m")
+    assert output.args[0].endswith(".safetensors")
+    with open(output.args[0], "rb") as file:
+        assert struct.unpack("<Q", file.read(8))[0] > 100
+    assert "Linear layers in INT8" in json.dumps(output.ui.as_dict())
+
+
 def test_save_then_load_through_the_lists(nodes, quantized):
     path = saved(nodes, quantized)
     name = path.rsplit("/", 1)[1]
