@@ -18,6 +18,7 @@ from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
 from .routing import route_forwards
+from .stock_int8 import read_stock
 
 ATTACHMENT = "quanttune"
 
@@ -49,8 +50,12 @@ def quantized_model(patcher) -> QuantizedModel | None:
 
 
 def load_model(path: str, name: str | None = None, disable_dynamic: bool = False):
-    """Load a quantized UNet file as a MODEL. The integers stay mapped to the file until used."""
-    patcher = build_model(load_quantized_unet(path), name or path, disable_dynamic=disable_dynamic)
+    """Load a quantized UNet file, ours or ComfyUI's own INT8, as a MODEL.
+
+    The integers of our files stay mapped to the file until used.
+    """
+    checkpoint = read_stock(path) or load_quantized_unet(path)
+    patcher = build_model(checkpoint, name or path, disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (load_model, (path, name))
     return patcher
 

@@ -16,8 +16,9 @@ class LoadQuantizedUNet(io.ComfyNode):
             node_id="QuantTuneLoadQuantizedUNet",
             display_name="Load Quantized UNet",
             category="QuantTune/loaders",
-            description="Loads a UNet that 'Save Quantized UNet' wrote. The integers stay packed "
-                        "in memory: a 4-bit SD1.5 UNet takes about 0.4 GB.",
+            description="Loads a UNet that 'Save Quantized UNet' wrote, or one of ComfyUI's own "
+                        "INT8 files. The integers stay packed in memory: a 4-bit SD1.5 UNet takes "
+                        "about 0.4 GB.",
             search_aliases=["unet loader", "int4", "int8"],
             inputs=[
                 io.Combo.Input("unet_name", options=folders.unet_files(),

@@ -121,3 +121,80 @@ def test_what_it_refuses(comfy_inprocess, host_folders):
         with pytest.raises(QuantTuneError, match=message):
             saved(model)
     assert not list(host_folders.rglob("*.safetensors")), "nothing half-written stays"
+
+
+def rewritten(path, change):
+    """The file with its tensors after ``change(tensors)``."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    changed = f"{path[:-12]}-changed.safetensors"
+    save_file(tensors, changed)
+    return changed
+
+
+def test_we_read_it_back_exactly(source, host_folders):
+    from quanttune.host.build import load_model
+
+    with torch.inference_mode():
+        quantized, _ = quantize_symmetric(source)
+        path, _ = saved(quantized)
+        loaded = load_model(path)
+        before = models.quantized_model(quantized).checkpoint.layers
+        after = models.quantized_model(loaded).checkpoint.layers
+        assert after.keys() == {n for n, w in before.items() if len(w.shape) == 2}
+        assert all(torch.equal(w.codes(), before[n].codes()) and
+                   torch.equal(w.scale, before[n].scale) for n, w in after.items())
+        arguments = models.inputs(quantized)
+        expected = models.forward(quantized, arguments)
+        assert models.relative(models.forward(loaded, arguments), expected) < 5e-3
+        again, summary = saved(loaded, "again")
+    assert "rounded once more" not in summary
+
+
+def test_one_scale_for_all_channels_and_no_metadata(source, host_folders):
+    from quanttune.host.build import load_model
+
+    with torch.inference_mode():
+        path, _ = saved(quantize_symmetric(source)[0])
+
+        def one_scale(tensors):
+            for key in [k for k in tensors if k.endswith("weight_scale")]:
+                tensors[key] = torch.tensor(0.01)
+
+        loaded = load_model(rewritten(path, one_scale))
+        layers = models.quantized_model(loaded).checkpoint.layers
+        assert all((w.scale == 0.01).all() for w in layers.values())
+
+
+KEY = "model.diffusion_model.time_embed.0"
+FLOAT = "model.diffusion_model.out.2.weight"
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda t: t.update({f"{KEY}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}), "unreadable"),
+    (lambda t: t.update({f"{KEY}.comfy_quant": mark({"format": "nvfp4"})}), "nvfp4"),
+    (lambda t: t.update({f"{KEY}.comfy_quant":
+                         mark({"format": "int8_tensorwise", "convrot": True})}), "rotation"),
+    (lambda t: t.update({f"{KEY}.comfy_quant": mark([1])}), "unreadable"),
+    (lambda t: t.pop(f"{KEY}.weight_scale"), "without a scale"),
+    (lambda t: t.update({f"{KEY}.weight_scale": torch.ones(3)}), "wrong size"),
+    (lambda t: t[f"{KEY}.weight_scale"].fill_(float("nan")), "not finite"),
+    (lambda t: t.pop(f"{KEY}.weight"), "without int8"),
+    (lambda t: t.update({f"{KEY}.weight": t[f"{KEY}.weight"].float()}), "without int8"),
+    (lambda t: t.update({FLOAT: t[FLOAT].to(torch.int8)}), "without saying"),
+    (lambda t: [t.pop(k) for k in list(t) if "input_blocks" in k], "no model|lacks"),
+])
+def test_damaged_stock_files_are_refused(change, message, source, host_folders):
+    from quanttune.host.build import load_model
+    from quanttune.quant import QuantTuneError
+
+    with torch.inference_mode():
+        path, _ = saved(quantize_symmetric(source)[0])
+        with pytest.raises(QuantTuneError, match=message):
+            load_model(rewritten(path, change))
+
+
+def mark(facts):
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)

@@ -1,0 +1,99 @@
+"""ComfyUI's own INT8 files (``int8_tensorwise``) as packed integers of ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import comfy.model_detection
+import torch
+
+from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantTuneError, UNetMetadata, pack
+from ..quant.safe_file import read_safetensors
+
+MARK = ".comfy_quant"
+"""How ComfyUI names what it says of a quantized layer: JSON as bytes."""
+FORMAT = "int8_tensorwise"
+MIDDLE = 128
+
+
+def read_stock(path: str) -> QuantizedCheckpoint | None:
+    """The UNet of a file with ComfyUI's INT8 layers, or None if it has no layer of that kind.
+
+    The integers are taken as they are: symmetric, one scale an output channel.
+
+    Raises:
+        QuantTuneError: a damaged file or layer, another quantization, an unknown model.
+    """
+    _, tensors = read_safetensors(path)
+    if not any(key.endswith(MARK) for key in tensors):
+        return None
+    # Only weights reach the detector: it counts and measures, and knows no marks.
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    layers = {}
+    for key in [k for k in own if k.endswith(MARK)]:
+        name = key.removesuffix(MARK)
+        layers[name] = _layer(path, name, own)
+    shapes = {**own, **{f"{n}.weight": torch.empty(w.shape, device="meta")
+                        for n, w in layers.items()}}
+    config = comfy.model_detection.model_config_from_unet(
+        {prefix + k: v for k, v in shapes.items()}, prefix)
+    if config is None:
+        raise QuantTuneError(
+            f"The file {os.path.basename(path)} holds no model that this ComfyUI knows; choose "
+            "another file or update ComfyUI.")
+    for name, value in own.items():
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise QuantTuneError(
+                f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
+                "how it is quantized; load it with ComfyUI's own loader.")
+    return QuantizedCheckpoint(_metadata(path, config, tensors, prefix), layers, own)
+
+
+def _layer(path: str, name: str, tensors: dict) -> QuantizedWeight:
+    """Take a layer's tensors out of ``tensors``."""
+    def wrong(what: str) -> QuantTuneError:
+        return QuantTuneError(
+            f"The file {os.path.basename(path)} has a layer '{name}' {what}; load it with "
+            "ComfyUI's own loader, or download it again if that fails, too.")
+
+    try:
+        facts = json.loads(bytes(tensors.pop(f"{name}{MARK}").tolist()))
+        kind = facts["format"]
+        rotated = facts.get("convrot") or facts.get("params", {}).get("convrot")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise wrong("with an unreadable description") from None
+    if kind != FORMAT or rotated:
+        raise wrong(f"quantized as {str(kind)[:40]}{' with a rotation' if rotated else ''}, which "
+                    "this pack does not read")
+    values, scale = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.weight_scale", None)
+    if values is None or values.dtype != torch.int8 or values.dim() < 2 or not values.numel():
+        raise wrong("without int8 weights")
+    outputs = values.shape[0]
+    if scale is None or not scale.is_floating_point() or scale.numel() not in (1, outputs):
+        raise wrong("without a scale, or with one of a wrong size")
+    scale = scale.float().reshape(-1, 1).expand(outputs, 1).contiguous()
+    if not bool(scale.isfinite().all()):
+        raise wrong("whose scale is not finite")
+    codes = (values.to(torch.int16) + MIDDLE).to(torch.uint8).flatten(1)
+    return QuantizedWeight(pack(codes, 8), scale, torch.full_like(scale, MIDDLE), 8,
+                           tuple(values.shape), symmetric=True)
+
+
+def _metadata(path: str, config, tensors: dict, prefix: str) -> UNetMetadata:
+    described = {k: v for k, v in config.unet_config.items() if not isinstance(v, torch.dtype)}
+    try:
+        described = json.loads(json.dumps(described))
+    except TypeError as error:
+        raise QuantTuneError(
+            f"The configuration of {os.path.basename(path)} cannot be written to a file "
+            f"({error}); this model family is not supported yet.") from error
+    return UNetMetadata(
+        family=type(config).__name__,
+        unet_config=described,
+        model_type=config.model_type(tensors, prefix).name,
+        latent_format=type(config.latent_format).__name__,
+        sampling_settings=copy.deepcopy(config.sampling_settings),
+        provenance={"source": os.path.basename(path), "bits": 8, "symmetric": True})
