@@ -118,9 +118,14 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype | None:
         raise QuantTuneError(
             f"precision is '{precision}', but it has to be one of {', '.join(PRECISIONS)}.")
     if precision == "auto":
-        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else None
+        return torch.bfloat16 if device.type == "cpu" and _has_fast_bfloat16() else None
     return None if precision == "unchanged" else getattr(torch, precision)
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether the processor has bfloat16 products; what torch calls supported may be emulated."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def _slow_attention(device: torch.device, options: dict) -> bool:

@@ -64,6 +64,10 @@ class _Linear:
         return output.to(dtype)
 
 
+_CHOSEN: dict[tuple, int] = {}
+"""The image size to name when prepacking, by layer shape, image size and dtype of the result."""
+
+
 class _Conv2d:
     """A convolution, prepacked anew when another image size wants another layout.
 
@@ -73,8 +77,6 @@ class _Conv2d:
     Which size to name for which layout is not documented, so a few are timed, once for all layers
     of one shape.
     """
-
-    chosen: dict[tuple, int] = {}
 
     def __init__(self, weight: Int8Weight, conv: ConvGeometry):
         self.conv, self.shape = conv, tuple(weight.values.shape)
@@ -98,9 +100,9 @@ class _Conv2d:
         height, width = x.values.shape[1:3]
         threads = torch.get_num_threads()
         case = (self.shape, self.conv, height, width, output_dtype, threads)
-        if case not in self.chosen:
-            self.chosen[case] = self._fastest(height, width, arguments)
-        self._prepack(self.chosen[case])
+        if case not in _CHOSEN:
+            _CHOSEN[case] = self._fastest(height, width, arguments)
+        self._prepack(_CHOSEN[case])
         return self._run(*arguments).movedim(1, -1).to(dtype)
 
     def _fastest(self, height: int, width: int, arguments) -> int:
