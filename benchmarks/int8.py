@@ -60,7 +60,7 @@ def _models(torch):
     import comfy.model_patcher
 
     from quanttune.benchmarks.quantized_unet import random_scales, random_unet
-    from quanttune.host.dynamic_int8 import _use_pytorch_attention, dynamic_int8
+    from quanttune.host.dynamic_int8 import dynamic_int8, use_pytorch_attention
     from quanttune.host.quantize import quantize_model
     from quanttune.host.routing import apply_scale_set
     from quanttune.quant import QuantSpec
@@ -72,7 +72,7 @@ def _models(torch):
         if isinstance(module, torch.nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     bf16.model_options["transformer_options"]["optimized_attention_override"] = (
-        _use_pytorch_attention)
+        use_pytorch_attention)
     int8, note = dynamic_int8(fp32)
     four_bits, _ = quantize_model(fp32, QuantSpec(4), dtypes=(torch.bfloat16, None))
     w4a8, _ = dynamic_int8(four_bits)

@@ -87,7 +87,7 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         lines.append(f"{taken} of {len(modules)} layers multiply integers. "
                      f"{int8_speed.describe(backend, _computes_in(quantized, dtype))}")
     if fast_attention and _slow_attention(device, options):
-        options["optimized_attention_override"] = _use_pytorch_attention
+        options["optimized_attention_override"] = use_pytorch_attention
         lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")
     return quantized, "\n".join(lines)
 
@@ -134,5 +134,6 @@ def _slow_attention(device: torch.device, options: dict) -> bool:
             and optimized_attention is not attention_pytorch)
 
 
-def _use_pytorch_attention(chosen, *args, **kwargs):
+def use_pytorch_attention(chosen, *args, **kwargs):
+    """The host's ``optimized_attention_override``: PyTorch's kernel, whichever was chosen."""
     return attention_pytorch(*args, **kwargs)

@@ -15,6 +15,7 @@ from ..quant import (
     save_quantized_unet,
     save_scale_set,
 )
+from ..quant.int8 import Int8Weight
 from ..quant.safe_file import write_safetensors
 from .build import quantized_model
 from .folders import output_path
@@ -38,7 +39,6 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
 STOCK_PREFIX = "model.diffusion_model."
 STOCK_FORMAT = {"format": "int8_tensorwise"}
 """What ComfyUI's own loader calls symmetric 8-bit weights with activations quantized by the row."""
-MIDDLE = 128
 
 
 def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
@@ -69,8 +69,8 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
             squared_error += float((exact.dequantize() - full).square().sum())
             squared_norm += float(full.square().sum())
             counts["again"] += 1
-        codes = exact.codes().view(exact.shape).to(torch.int16) - MIDDLE
-        tensors[f"{key}.weight"] = codes.to(torch.int8)
+        ((_, integers),) = Int8Weight.parts(exact)
+        tensors[f"{key}.weight"] = integers.values
         tensors[f"{key}.weight_scale"] = exact.scale
         tensors[f"{key}.comfy_quant"] = torch.tensor(
             list(json.dumps(STOCK_FORMAT).encode()), dtype=torch.uint8)

@@ -48,12 +48,10 @@ class Backend(Protocol):
     Attributes:
         name: as shown to users.
         granularity: what shares an activation scale here unless asked otherwise.
-        keeps_copy: whether `prepare` is slow and takes memory, so that its result is to be kept.
     """
 
     name: str
     granularity: Granularity
-    keeps_copy: bool
 
     def refuses(self, device: torch.device, conv: ConvGeometry | None, channels: tuple[int, int]):
         """Why such a layer cannot run here, as the end of a sentence, or None if it can.

@@ -75,7 +75,7 @@ class Int8Layer:
                 "A grouped convolution cannot have its input channels split for quantization; "
                 "quantize this layer without a split."
             )
-        self.conv, self.backend = conv, backend
+        self.conv = conv
         self.shared: SharedActivation | None = None
         # One row of scales would have to follow each pixel through the window of a convolution.
         self.granularity = granularity or backend.granularity

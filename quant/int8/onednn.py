@@ -161,7 +161,6 @@ class OneDNNBackend:
 
     name = "oneDNN"
     granularity = Granularity.TENSOR
-    keeps_copy = True
 
     def refuses(self, device, conv, channels):
         """Everything but processors that pass the trial, and convolutions of few channels."""

@@ -34,7 +34,6 @@ class ReferenceBackend:
 
     name = "reference"
     granularity = Granularity.TENSOR
-    keeps_copy = False
 
     def refuses(self, device, conv, channels):
         """Metal alone."""
