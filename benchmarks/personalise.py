@@ -35,7 +35,7 @@ SUBJECTS = {"pip": "a sks character", "crest": "a zwx emblem"}
 SCALES = {
     "recommended": {},
     "recommended, N = 1": {"num_experts": 1},
-    "recommended, N = 2": {"num_experts": 2},
+    "recommended, N = 4": {"num_experts": 4},
     "PEQA": {"preset": "peqa"},
     "paper": {"preset": "paper"},
 }

@@ -11,7 +11,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from ..quant import QuantSpec, QuantTuneError, keep_float
 from ..quant.int8 import Granularity
 from . import int8_speed
-from .build import quantized_model
+from .build import load_model, quantized_model
 from .int8 import OPTION, Int8Mode, backend_for
 from .layout import is_uniform
 from .ops import scaled_layers
@@ -27,12 +27,14 @@ LAYERS = {
 """Choices of layers, as the ``quant.QUANTIZE_PRESETS`` of those that stay out; None: all Linear."""
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "unchanged")
 GRANULARITIES = ("auto", *(g.value for g in Granularity))
+CALIBRATED, DYNAMIC = "calibrated", "dynamic"
+RANGES = (CALIBRATED, DYNAMIC)
 SPEC = QuantSpec(8, symmetric=True)
 """How a float MODEL is quantized: symmetric integers need no correction in a product."""
 
 
 def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granularity: str = "auto",
-                 fast_attention: bool = True, name: str = "model"):
+                 fast_attention: bool = True, ranges: str = CALIBRATED, name: str = "model"):
     """A MODEL whose Linear and convolutions multiply 8-bit integers.
 
     A float MODEL is quantized to 8 bits first. A quantized one keeps its integers (those of 4 bits
@@ -46,16 +48,20 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
             instructions for it, and no change elsewhere.
         granularity: what shares an activation scale, see ``quant.int8.Granularity``.
         fast_attention: on a processor, use PyTorch's attention in place of the host's default.
+        ranges: "calibrated" takes the static activation ranges that a MODEL from *Calibrate INT8*
+            has; "dynamic" finds them at run time in any case.
         name: what to call the model in messages.
 
     Returns:
         ``(MODEL, note)``; the note says what runs and what it gains here.
     """
     device = comfy.model_management.get_torch_device()
-    dtype = _dtype(precision, device)
+    dtype = compute_dtype(precision, device)
     lines = []
+    if ranges not in RANGES:
+        raise QuantTuneError(f"ranges is '{ranges}', but it has to be one of {', '.join(RANGES)}.")
     if quantized_model(patcher) is None:
-        kept = _kept(quantizable_layers(patcher.model), layers)
+        kept = kept_layers(quantizable_layers(patcher.model), layers)
         quantized, report = quantize_model(
             patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None))
         chosen = _integer_layers(quantized).keys()
@@ -65,7 +71,7 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         if dtype is not None and dtype != _computes_in(quantized):
             quantized.set_model_compute_dtype(dtype)
         own = _integer_layers(quantized)
-        chosen = own.keys() - _kept(scaled_layers(quantized.model.diffusion_model), layers)
+        chosen = own.keys() - kept_layers(scaled_layers(quantized.model.diffusion_model), layers)
         if not chosen:
             raise QuantTuneError(
                 f"No layer of '{name}' is left to multiply integers with layers = '{layers}'; "
@@ -82,14 +88,26 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         logging.warning(lines[-1])
     else:
         taken = sum(b is not None for b, _ in found.values())
+        static = quantized_model(quantized).checkpoint.ranges if ranges == CALIBRATED else None
         options[OPTION] = Int8Mode(
-            frozenset(chosen), None if granularity == "auto" else Granularity(granularity))
-        lines.append(f"{taken} of {len(modules)} layers multiply integers. "
+            frozenset(chosen), None if granularity == "auto" else Granularity(granularity),
+            static, quantized.model)
+        with_ranges = "" if static is None else (
+            f", {len(chosen & static.layers.keys())} of them with calibrated ranges")
+        lines.append(f"{taken} of {len(modules)} layers multiply integers{with_ranges}. "
                      f"{int8_speed.describe(backend, _computes_in(quantized, dtype))}")
     if fast_attention and _slow_attention(device, options):
         options["optimized_attention_override"] = use_pytorch_attention
         lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")
     return quantized, "\n".join(lines)
+
+
+def load_ready(path: str, name: str):
+    """The MODEL of a quantized file; with calibrated ranges it multiplies integers at once."""
+    patcher = load_model(path, name)
+    if quantized_model(patcher).checkpoint.ranges is None:
+        return patcher
+    return dynamic_int8(patcher, name=name)[0]
 
 
 def _integer_layers(patcher) -> dict:
@@ -98,7 +116,7 @@ def _integer_layers(patcher) -> dict:
     return {name: m for name, m in layers.items() if is_uniform(m.weight)}
 
 
-def _kept(modules: dict, layers: str) -> set[str]:
+def kept_layers(modules: dict, layers: str) -> set[str]:
     """Names of the layers that stay in float."""
     if layers not in LAYERS:
         raise QuantTuneError(f"layers is '{layers}', but it has to be one of {', '.join(LAYERS)}.")
@@ -112,7 +130,7 @@ def _computes_in(patcher, dtype=None) -> torch.dtype:
     return dtype or model.manual_cast_dtype or model.get_dtype()
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype | None:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype to compute in, or None to leave the MODEL's."""
     if precision not in PRECISIONS:
         raise QuantTuneError(

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ..quant import QuantizedWeight, QuantSpec
-from ..quant.int8 import BACKENDS, ConvGeometry, Granularity, Int8Layer, SharedActivation, choose
+from ..quant.int8 import (
+    BACKENDS,
+    ActivationRanges,
+    ConvGeometry,
+    Granularity,
+    Int8Layer,
+    SharedActivation,
+    choose,
+)
 from .layout import is_uniform, unwrap
 
 OPTION = "quanttune_int8"
@@ -19,10 +27,19 @@ PATCHED = QuantSpec(8, symmetric=True)
 
 @dataclass(frozen=True)
 class Int8Mode:
-    """Which layers of a MODEL multiply integers, and what shares an activation scale."""
+    """Which layers of a MODEL multiply integers, and how their activations are quantized.
+
+    Attributes:
+        layers: their names.
+        granularity: what shares an activation scale; None for what suits the backend.
+        ranges: calibrated ranges; layers without any take the range of the moment.
+        model: the host's model, whose sampling says what its timesteps mean; needed with ranges.
+    """
 
     layers: frozenset[str]
     granularity: Granularity | None = None
+    ranges: ActivationRanges | None = None
+    model: object = None
 
 
 class _Ready:
@@ -47,10 +64,11 @@ class _State:
         self.shared: defaultdict[str, SharedActivation] = defaultdict(SharedActivation)
 
 
-def prepare(diffusion_model, layers: dict, mode: Int8Mode | None) -> None:
+def prepare(diffusion_model, layers: dict, mode: Int8Mode | None,
+            buckets: tuple[int, ...] = ()) -> None:
     """Give each of ``layers`` what its next forward needs, or None for the ordinary path.
 
-    Weights are brought into the backend's form once and kept, whatever clones do. Called outside
+    ``buckets`` are those of the samples, for static ranges. Weights are brought into the backend's form once and kept, whatever clones do. Called outside
     of compiled code, at the start of each forward.
     """
     state = diffusion_model.__dict__.get("quanttune_int8")
@@ -60,9 +78,12 @@ def prepare(diffusion_model, layers: dict, mode: Int8Mode | None) -> None:
         state = diffusion_model.__dict__["quanttune_int8"] = _State()
     for shared in state.shared.values():
         shared.forget()
+    static = mode.ranges.select(buckets) if mode is not None and mode.ranges is not None else {}
     for name, module in layers.items():
         wanted = mode is not None and name in mode.layers
         module.int8 = _ready(state, name, module, mode) if wanted else None
+        if module.int8 is not None:
+            module.int8.layer.static = static.get(name)
 
 
 def _ready(state: _State, name: str, module, mode: Int8Mode) -> _Ready | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import comfy.model_management
 import torch
@@ -26,7 +26,8 @@ ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 
 
 def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none",
-                   name: str = "model", split_shortcuts: bool = True, dtypes: tuple | None = None):
+                   name: str = "model", split_shortcuts: bool = True, dtypes: tuple | None = None,
+                   rounded: Mapping[str, QuantizedWeight] | None = None):
     """Quantize every Linear and Conv2d of a MODEL's diffusion model except those kept in float.
 
     Args:
@@ -38,6 +39,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         split_shortcuts: quantize the two inputs that meet in a UNet's shortcut convolutions apart.
         dtypes: ``(dtype of what stays float, dtype to compute in or None for the same)``; by
             default the source's.
+        rounded: weights that were quantized already, by layer name (error feedback).
 
     Returns:
         ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry
@@ -79,7 +81,9 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
             comfy.model_management.throw_exception_if_processing_interrupted()
             original = convert(weight.to(device)).float()
             try:
-                packed = QuantizedWeight.quantize(original, spec, splits.get(layer))
+                packed = (rounded or {}).get(layer)
+                if packed is None:
+                    packed = QuantizedWeight.quantize(original, spec, splits.get(layer))
             except QuantTuneError as error:
                 raise QuantTuneError(f"Layer '{layer}' of '{name}': {error}") from error
             report.add_layer(layer, original, packed, weight)

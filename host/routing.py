@@ -7,6 +7,7 @@ import logging
 import torch
 
 from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
+from ..quant.int8 import bucket_of
 from . import int8
 from .ops import scaled_layers
 
@@ -34,11 +35,9 @@ class ScaleRouter:
         One row when all samples share their experts, else one row a sample.
         """
         bank = self.bank = self.bank.to(timesteps.device)
-        if timesteps.ndim > 1:  # models with a timestep a frame or token: the noisiest decides
-            timesteps = timesteps.flatten(1).amax(1)
         # Read at each forward: nodes after this one may replace the model's sampling.
         convert, num_timesteps = timestep_units(self.model.model_sampling)
-        return bank.resolve(convert(timesteps), num_timesteps)
+        return bank.resolve(convert(_one_each(timesteps)), num_timesteps)
 
 
 def route_forwards(diffusion_model: torch.nn.Module) -> None:
@@ -51,19 +50,38 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
     """
     def route(module, args, kwargs):
         options = kwargs.get("transformer_options") or {}
-        int8.prepare(module, _layers_of(module), options.get(int8.OPTION))
-        router = options.get(OPTION)
-        if router is None:
-            return apply_scales(module, None)
-        timesteps = (args[1] if len(args) > 1
-                     else kwargs.get("timesteps", kwargs.get("timestep")))
-        if timesteps is None:
+        router, mode = options.get(OPTION), options.get(int8.OPTION)
+        timesteps = timesteps_of(args, kwargs)
+        if timesteps is None and (router or (mode and mode.ranges)):
             raise QuantTuneError(
                 f"A {type(module).__name__} model is not told the timestep in a way that scales "
-                "can follow; remove 'Apply TuneQDM Scales'.")
-        return apply_scales(module, router.resolve(timesteps))
+                "and calibrated ranges can follow; remove 'Apply TuneQDM Scales', or use 'Dynamic "
+                "INT8' with dynamic ranges.")
+        buckets = ()
+        if mode is not None and mode.ranges is not None:
+            buckets = buckets_of(timesteps, mode.model.model_sampling, mode.ranges.num_buckets)
+        int8.prepare(module, _layers_of(module), mode, buckets)
+        apply_scales(module, None if router is None else router.resolve(timesteps))
 
     diffusion_model.register_forward_pre_hook(route, with_kwargs=True)
+
+
+def timesteps_of(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The timesteps in the arguments of a diffusion model's forward."""
+    return args[1] if len(args) > 1 else kwargs.get("timesteps", kwargs.get("timestep"))
+
+
+def buckets_of(timesteps: torch.Tensor, model_sampling, num_buckets: int) -> tuple[int, ...]:
+    """The interval of the denoising process of each sample, 0 .. ``num_buckets`` - 1."""
+    if num_buckets == 1:
+        return (0,)
+    convert, num_timesteps = timestep_units(model_sampling)
+    return bucket_of(convert(_one_each(timesteps)), num_timesteps, num_buckets)
+
+
+def _one_each(timesteps: torch.Tensor) -> torch.Tensor:
+    """A timestep a sample: of models with one a frame or token, the noisiest."""
+    return timesteps.flatten(1).amax(1) if timesteps.ndim > 1 else timesteps
 
 
 def apply_scales(diffusion_model: torch.nn.Module, scales: dict[str, LayerScales] | None) -> None:

@@ -31,8 +31,8 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
     _refuse_patches(patcher, "'Save Quantized UNet'")
     checkpoint = model.checkpoint
     path = output_path(prefix)
-    model.checkpoint.metadata = save_quantized_unet(path, checkpoint.layers, checkpoint.floats,
-                                                    checkpoint.metadata)
+    model.checkpoint.metadata = save_quantized_unet(
+        path, checkpoint.layers, checkpoint.floats, checkpoint.metadata, ranges=checkpoint.ranges)
     return path, _summary(path)
 
 

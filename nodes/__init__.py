@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
+from .calibrate import CalibrateInt8
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
@@ -22,4 +23,4 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                WeightChangeMap, DynamicInt8, SaveForStock]
+                WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8]

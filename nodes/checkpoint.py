@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..host import folders
-from ..host.build import load_model
+from ..host.dynamic_int8 import load_ready
 from ..host.save import save_for_stock, save_model
 
 
@@ -18,7 +18,8 @@ class LoadQuantizedUNet(io.ComfyNode):
             category="QuantTune/loaders",
             description="Loads a UNet that 'Save Quantized UNet' wrote, or one of ComfyUI's own "
                         "INT8 files. The integers stay packed in memory: a 4-bit SD1.5 UNet takes "
-                        "about 0.4 GB.",
+                        "about 0.4 GB. A model from 'Calibrate INT8' multiplies integers at once; "
+                        "'Dynamic INT8' after it changes how.",
             search_aliases=["unet loader", "int4", "int8"],
             inputs=[
                 io.Combo.Input("unet_name", options=folders.unet_files(),
@@ -35,7 +36,7 @@ class LoadQuantizedUNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name) -> io.NodeOutput:
-        return io.NodeOutput(load_model(folders.unet_path(unet_name), unet_name))
+        return io.NodeOutput(load_ready(folders.unet_path(unet_name), unet_name))
 
 
 class SaveQuantizedUNet(io.ComfyNode):

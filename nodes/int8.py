@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.dynamic_int8 import GRANULARITIES, LAYERS, PRECISIONS, dynamic_int8
+from ..host.dynamic_int8 import GRANULARITIES, LAYERS, PRECISIONS, RANGES, dynamic_int8
 
 
 class DynamicInt8(io.ComfyNode):
@@ -37,6 +37,10 @@ class DynamicInt8(io.ComfyNode):
                 io.Boolean.Input("fast_attention", default=True, advanced=True,
                                  tooltip="On a processor, use PyTorch's own attention, several "
                                          "times faster than what ComfyUI takes there by default."),
+                io.Combo.Input("ranges", options=list(RANGES), default=RANGES[0], advanced=True,
+                               tooltip="Of a model from 'Calibrate INT8': take its static "
+                                       "activation ranges, or find them at run time all the same. "
+                                       "Other models have none, and it makes no difference."),
             ],
             outputs=[
                 io.Model.Output("model_int8", display_name="MODEL",
@@ -48,6 +52,7 @@ class DynamicInt8(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, layers, precision, granularity, fast_attention) -> io.NodeOutput:
-        fast, note = dynamic_int8(model, layers, precision, granularity, fast_attention)
+    def execute(cls, model, layers, precision, granularity, fast_attention,
+                ranges=RANGES[0]) -> io.NodeOutput:
+        fast, note = dynamic_int8(model, layers, precision, granularity, fast_attention, ranges)
         return io.NodeOutput(fast, note, ui=ui.PreviewText(note))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .fingerprint import fingerprint
+from .int8.ranges import ActivationRanges
 from .packing import packed_shape
 from .safe_file import read_safetensors, write_safetensors
 from .scale_file import load_scale_set, save_scale_set
@@ -31,6 +32,9 @@ __all__ = [
 
 UNET_FORMAT = "quanttune.unet"
 UNET_FORMAT_VERSION = 1
+CALIBRATED_VERSION = 2
+"""Of files with activation ranges, which earlier programs would not know what to do with."""
+RANGES = "input_range"
 SUFFIXES = ("weight", "weight_scale", "weight_zero_point")
 AGAIN = "quantize and save the model again"
 
@@ -50,7 +54,8 @@ class UNetMetadata:
         floats: names of the tensors that stayed float; filled in on saving.
         provenance: JSON-able facts: source file, program version, command, quantization options.
         fingerprint: of the layers, see `fingerprint.fingerprint`; filled in on saving if empty.
-        format, format_version: ``"quanttune.unet"`` and 1.
+        format, format_version: ``"quanttune.unet"``, and 1, or 2 with activation ranges.
+        calibration: JSON-able facts of how the activation ranges were found; empty without them.
     """
 
     family: str
@@ -64,6 +69,7 @@ class UNetMetadata:
     fingerprint: str = ""
     format: str = UNET_FORMAT
     format_version: int = UNET_FORMAT_VERSION
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,15 +80,17 @@ class QuantizedCheckpoint:
         metadata: `UNetMetadata`.
         layers: layer name to `QuantizedWeight`.
         floats: tensor name (relative to the UNet) to float tensor.
+        ranges: static activation ranges from a calibration, or None.
     """
 
     metadata: UNetMetadata
     layers: dict[str, QuantizedWeight]
     floats: dict[str, Tensor]
+    ranges: ActivationRanges | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of weights and floats."""
         floats = sum(t.numel() * t.element_size() for t in self.floats.values())
         return floats + sum(layer.nbytes for layer in self.layers.values())
 
@@ -93,6 +101,7 @@ def save_quantized_unet(
     floats: Mapping[str, Tensor],
     metadata: UNetMetadata,
     overwrite: bool = True,
+    ranges: ActivationRanges | None = None,
 ) -> UNetMetadata:
     """Write a quantized UNet, completely or not at all.
 
@@ -102,6 +111,7 @@ def save_quantized_unet(
         floats: every other tensor of the UNet (biases, norms, layers kept in float) by name.
         metadata: `UNetMetadata`; what it says of layers and floats is replaced by what is saved.
         overwrite: False refuses to replace an existing file.
+        ranges: static activation ranges, or None.
 
     Returns:
         The metadata as written.
@@ -124,6 +134,8 @@ def save_quantized_unet(
                     f"The tensor {key} is both quantized and float; leave one of them out."
                 )
             tensors[key] = tensor
+    if ranges is not None:
+        tensors |= {f"{name}.{RANGES}": r.contiguous() for name, r in ranges.layers.items()}
     metadata = replace(
         metadata,
         unet_config=_jsonable(metadata.unet_config, "unet_config"),
@@ -140,10 +152,14 @@ def save_quantized_unet(
         },
         floats=tuple(sorted(floats)),
         fingerprint=metadata.fingerprint or fingerprint(layers),
+        calibration=_jsonable(metadata.calibration, "calibration") if ranges else {},
         format=UNET_FORMAT,
-        format_version=UNET_FORMAT_VERSION,
+        format_version=CALIBRATED_VERSION if ranges else UNET_FORMAT_VERSION,
     )
-    write_safetensors(path, tensors, asdict(metadata), overwrite)
+    described = asdict(metadata)
+    if ranges is None:
+        described.pop("calibration")  # files of version 1 stay the same, byte for byte
+    write_safetensors(path, tensors, described, overwrite)
     return metadata
 
 
@@ -192,6 +208,7 @@ def load_quantized_unet(
             f"The file {path} lacks the tensor {missing[0]} that it lists; {AGAIN}."
         )
     floats = {name: tensors.pop(name) for name in metadata.floats}
+    ranges = _read_ranges(path, metadata, layers, tensors)
     if tensors:
         extra = next(iter(tensors))
         raise QuantTuneError(
@@ -199,7 +216,28 @@ def load_quantized_unet(
         )
     for name, tensor in floats.items():
         _check_float(path, name, tensor)
-    return QuantizedCheckpoint(metadata, layers, floats)
+    return QuantizedCheckpoint(metadata, layers, floats, ranges)
+
+
+def _read_ranges(path, metadata, layers, tensors) -> ActivationRanges | None:
+    """Take the activation ranges out of ``tensors``."""
+    if metadata.format_version != CALIBRATED_VERSION:
+        return None
+    found = {}
+    for name, weight in layers.items():
+        ranges = tensors.pop(f"{name}.{RANGES}", None)
+        if ranges is None:
+            continue
+        if ranges.dim() != 3 or ranges.shape[1] != weight.parts:
+            raise QuantTuneError(
+                f"The file {path} has activation ranges of shape {list(ranges.shape)} for the "
+                f"layer {name}; {AGAIN}."
+            )
+        found[name] = ranges
+    try:
+        return ActivationRanges(found)
+    except QuantTuneError as error:
+        raise QuantTuneError(f"The file {path} is damaged: {error} Please {AGAIN}.") from error
 
 
 def _read_metadata(
@@ -217,10 +255,10 @@ def _read_metadata(
             f"{hint or '; choose another file'}."
         )
     version = header.get("format_version")
-    if version != UNET_FORMAT_VERSION:
+    if type(version) is not int or version not in (UNET_FORMAT_VERSION, CALIBRATED_VERSION):
         raise QuantTuneError(
-            f"The file {path} has format version {version!r} and this program reads version "
-            f"{UNET_FORMAT_VERSION}; update ComfyUI-QuantTune."
+            f"The file {path} has format version {version!r} and this program reads versions "
+            f"{UNET_FORMAT_VERSION} and {CALIBRATED_VERSION}; update ComfyUI-QuantTune."
         )
     known = {k: header[k] for k in UNetMetadata.__dataclass_fields__ if k in header}
     kinds = {
@@ -233,8 +271,7 @@ def _read_metadata(
         "provenance": dict,
         "fingerprint": str,
     }
-    if "latent_format" in known:
-        kinds["latent_format"] = str
+    kinds |= {k: v for k, v in {"latent_format": str, "calibration": dict}.items() if k in known}
     for key, kind in kinds.items():
         if not isinstance(known.get(key), kind):
             raise QuantTuneError(f"The file {path} has no valid {key} in its metadata; {AGAIN}.")

@@ -59,13 +59,13 @@ class ScaleTraining:
     steps: int = 400
     batch_size: int = 1
     gradient_accumulation: int = 1
-    num_experts: int = 4
+    num_experts: int = 2
     train_s_in: bool = True
     learning_rate: float = 5e-3
     s_in_learning_rate: float = 0.0
     absolute: bool = False
     s_in_noise: float = 0.0
-    shared_share: float = 0.25
+    shared_share: float = 0.0
     separate_experts: bool = True
     stratified: bool = True
     timestep_range: tuple[float, float] = (0.0, 1.0)
@@ -159,9 +159,9 @@ def _wrong(name: str, value: Any, expected: str) -> QuantTuneError:
 
 RECOMMENDED = ScaleTraining()
 PAPER = ScaleTraining(
-    learning_rate=3e-6, absolute=True, shared_share=0.0, separate_experts=False, stratified=False,
+    num_experts=4, learning_rate=3e-6, absolute=True, separate_experts=False, stratified=False,
     weight_decay=1e-2, scheduler="constant", warmup_steps=0,
 )
 """The settings of the authors' published code: AdamW at 3e-6, 400 steps of one picture."""
 PRESETS = {"recommended": RECOMMENDED, "paper": PAPER,
-           "peqa": RECOMMENDED.replace(num_experts=1, train_s_in=False, shared_share=0.0)}
+           "peqa": RECOMMENDED.replace(num_experts=1, train_s_in=False)}

@@ -3,7 +3,9 @@
 from .activation import Granularity, QuantizedActivation, quantize_tensor, quantize_tokens
 from .backend import Backend, ConvGeometry, Prepared, choose
 from .layer import Int8Layer, SharedActivation
+from .observer import RangeEstimator, RangeObserver
 from .onednn import OneDNNBackend
+from .ranges import ActivationRanges, bucket_of
 from .reference import ReferenceBackend
 from .weight import Int8Weight
 
@@ -12,6 +14,7 @@ BACKENDS: list[Backend] = [OneDNNBackend()]
 
 __all__ = [
     "BACKENDS",
+    "ActivationRanges",
     "Backend",
     "ConvGeometry",
     "Granularity",
@@ -20,8 +23,11 @@ __all__ = [
     "OneDNNBackend",
     "Prepared",
     "QuantizedActivation",
+    "RangeEstimator",
+    "RangeObserver",
     "ReferenceBackend",
     "SharedActivation",
+    "bucket_of",
     "choose",
     "quantize_tensor",
     "quantize_tokens",

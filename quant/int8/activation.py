@@ -130,14 +130,19 @@ def _tensor_in_blocks(x: Tensor, s_in: Tensor | None, qparams) -> QuantizedActiv
     inverse, shift = 1.0 / scale, torch.tensor(zero_point + 0.5)
     integers = _SCRATCH.get(shape, torch.int16)
     values = torch.empty(source.shape, dtype=torch.uint8)
+    sums = []
     for start in range(0, source.shape[0], rows):
         part = slice(start, start + rows)
         block = _load(source[part], s_in, buffer)
         torch.add(shift, block, alpha=inverse, out=block)
         if qparams is not None:
+            # NaN would become a code like any other.
+            sums.append(block.sum())
             block.clamp_(0, 255)
         # By way of int16, whose two conversions are vectorized where that of float to uint8 is not.
         values[part] = integers[: block.shape[0]].copy_(block)
+    if sums:
+        check_finite(float(torch.stack(sums).sum()))
     if qparams is None:
         qparams = torch.tensor(scale), torch.tensor(zero_point)
     return QuantizedActivation(values.view(x.shape), *qparams)

@@ -15,6 +15,7 @@ from ..weight import QuantizedWeight
 from . import op
 from .activation import Granularity, QuantizedActivation, quantize_tensor, quantize_tokens
 from .backend import Backend, ConvGeometry
+from .ranges import Qparams
 from .weight import Int8Weight
 
 
@@ -31,17 +32,16 @@ class SharedActivation:
 
     def forget(self) -> None:
         """Drop what is kept."""
-        self._source, self._granularity, self._quantized = lambda: None, None, None
+        self._source, self._how, self._quantized = lambda: None, None, None
 
-    def get(self, x: Tensor, granularity: Granularity) -> QuantizedActivation | None:
-        """The quantized ``x`` if it was the last one."""
-        same = self._source() is x and self._granularity is granularity
-        return self._quantized if same else None
+    def get(self, x: Tensor, how: object) -> QuantizedActivation | None:
+        """The quantized ``x`` if it was the last one and quantized in the same way."""
+        return self._quantized if self._source() is x and self._how == how else None
 
-    def put(self, x: Tensor, granularity: Granularity, quantized: QuantizedActivation) -> None:
+    def put(self, x: Tensor, how: object, quantized: QuantizedActivation) -> None:
         """Keep a quantized ``x``, as long as something else keeps ``x`` itself."""
         self._source = weakref.ref(x, lambda _: self.forget())
-        self._granularity, self._quantized = granularity, quantized
+        self._how, self._quantized = how, quantized
 
 
 class Int8Layer:
@@ -58,6 +58,9 @@ class Int8Layer:
 
     Attributes:
         shared: where layers that read the same tensor find it quantized, or None.
+        static: scale and zero point of the activation, a pair for each part of the input channels,
+            to be set before a forward (`ranges.ActivationRanges.select`); None quantizes by the
+            range that the activation has then.
 
     Raises:
         QuantTuneError: a grouped convolution with split input channels.
@@ -77,6 +80,7 @@ class Int8Layer:
             )
         self.conv = conv
         self.shared: SharedActivation | None = None
+        self.static: Qparams | None = None
         # One row of scales would have to follow each pixel through the window of a convolution.
         self.granularity = granularity or backend.granularity
         if conv is not None:
@@ -109,7 +113,7 @@ class Int8Layer:
         folds = one_expert and len(self.parts) == 1 and self.parts[0].offset is None
         total = None
         for index, part in enumerate(self.parts):
-            q = self._quantize(x, s_in, part.columns)
+            q = self._quantize(x, s_in, index)
             out_scale = part.scale
             if r_out is not None and one_expert:
                 out_scale = out_scale * r_out[index][0]
@@ -120,10 +124,13 @@ class Int8Layer:
             total = y if total is None else total + y
         return total if folds or bias is None else total + bias.to(total.dtype)
 
-    def _quantize(self, x: Tensor, s_in: Tensor | None, columns: slice) -> QuantizedActivation:
+    def _quantize(self, x: Tensor, s_in: Tensor | None, part: int) -> QuantizedActivation:
         """``x * s_in`` in 8 bits, as tokens ``[n, in]`` or as images, channels last."""
+        qparams = None if self.static is None else self.static[part]
+        columns = self.parts[part].columns
         shares = self.shared is not None and s_in is None and not torch.compiler.is_compiling()
-        known = self.shared.get(x, self.granularity) if shares else None
+        how = (self.granularity if qparams is None else tuple(map(float, qparams))) if shares else 0
+        known = self.shared.get(x, how) if shares else None
         if known is not None:
             return known
         inputs = x if len(self.parts) == 1 else x[..., columns]
@@ -134,10 +141,12 @@ class Int8Layer:
             if s_in is not None and s_in.dim() > 1:
                 s_in = s_in.expand(inputs.shape).reshape(tokens.shape)
             inputs = tokens
-        quantize = quantize_tokens if self.granularity is Granularity.TOKEN else quantize_tensor
-        quantized = quantize(inputs, s_in)
+        if qparams is None and self.granularity is Granularity.TOKEN:
+            quantized = quantize_tokens(inputs, s_in)
+        else:
+            quantized = quantize_tensor(inputs, s_in, qparams)
         if shares:
-            self.shared.put(x, self.granularity, quantized)
+            self.shared.put(x, how, quantized)
         return quantized
 
 

@@ -13,6 +13,7 @@ from quanttune.quant import (
     save_quantized_unet,
     save_scale_set,
 )
+from quanttune.quant.int8 import ActivationRanges
 from quanttune.quant.safe_file import read_safetensors, write_safetensors
 from quanttune.tests.quant.reference import random_weight
 from quanttune.tests.quant.test_safe_file import BAD_FILES, assert_one_sentence
@@ -152,7 +153,7 @@ def change(facts, tensors, what):
     packed = tensors["skip.weight"]
     actions = {
         "other format": lambda: facts.update(format="gguf"),
-        "newer version": lambda: facts.update(format_version=2),
+        "newer version": lambda: facts.update(format_version=3),
         "no version": lambda: facts.pop("format_version"),
         "no family": lambda: facts.update(family=""),
         "family is a number": lambda: facts.update(family=15),
@@ -200,7 +201,7 @@ def change(facts, tensors, what):
 
 DAMAGES = {
     "other format": "'gguf'",
-    "newer version": "version 2",
+    "newer version": "version 3",
     "no version": "version None",
     "no family": "family ''",
     "family is a number": "no valid family",
@@ -269,3 +270,49 @@ def test_eight_bit_floats_are_not_searched_for_nan(path):
     extra = {"kept.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}
     save_quantized_unet(path, layers(), extra, METADATA)
     assert load_quantized_unet(path).floats["kept.weight"].dtype == torch.float8_e4m3fn
+
+
+def calibrated():
+    ranges = {"input.0": torch.tensor([[[-1.0, 2.0]], [[0.0, 3.0]]]),
+              "skip": torch.tensor([[[-1.0, 1.0], [-2.0, 0.5]]] * 2)}
+    return ActivationRanges(ranges)
+
+
+def test_calibrated_ranges_round_trip(path):
+    metadata = dataclasses.replace(METADATA, calibration={"samples": 100})
+    written = save_quantized_unet(path, layers(), floats(), metadata, ranges=calibrated())
+    loaded = load_quantized_unet(path)
+    assert loaded.metadata == written and written.format_version == 2
+    assert loaded.metadata.calibration == {"samples": 100}
+    assert loaded.ranges.layers.keys() == calibrated().layers.keys()
+    for name, ranges in calibrated().layers.items():
+        assert torch.equal(loaded.ranges.layers[name], ranges)
+    assert loaded.metadata.fingerprint == fingerprint(layers()), "scale files still fit"
+
+
+def test_a_file_without_ranges_says_nothing_of_them(path):
+    save_quantized_unet(path, layers(), floats(),
+                        dataclasses.replace(METADATA, calibration={"samples": 100}))
+    header, tensors = read_safetensors(path)
+    assert header["format_version"] == 1 and "calibration" not in header
+    assert not any("input_range" in name for name in tensors)
+    assert load_quantized_unet(path).ranges is None
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t: t.update({"skip.input_range": torch.zeros(2, 1, 2)}),
+    lambda t: t.update({"input.0.input_range": torch.full((2, 1, 2), float("nan"))}),
+    lambda t: t.update({"input.0.input_range": torch.zeros(3, 1, 2)}),
+    lambda t: t.update({"input.0.input_range": torch.zeros(2, 1, 2).half()}),
+    lambda t: t.update({"nowhere.input_range": torch.zeros(2, 1, 2)}),
+    lambda t: [t.pop(n) for n in list(t) if n.endswith("input_range")],
+])
+def test_damaged_ranges_are_refused(path, damage):
+    save_quantized_unet(path, layers(), floats(), METADATA, ranges=calibrated())
+    header, tensors = read_safetensors(path)
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    damage(tensors)
+    write_safetensors(path, tensors, header)
+    with pytest.raises(QuantTuneError) as caught:
+        load_quantized_unet(path)
+    assert str(path) in str(caught.value)

@@ -1,0 +1,164 @@
+"""Watch what the layers of a MODEL read while the host samples from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from ..quant import QuantTuneError
+from ..quant.gptq import InputMoments, sample_rows
+from ..quant.int8 import RangeObserver
+from .routing import buckets_of, timesteps_of
+
+
+class ActivationWatch:
+    """Ranges, and where asked for second moments, of the inputs of a MODEL's layers.
+
+    Args:
+        patcher: the MODEL, float or quantized.
+        splits: layer name to the number of input channels of its first part, or None, for each
+            layer whose ranges are wanted.
+        num_buckets: intervals of the denoising process that have ranges of their own.
+
+    Attributes:
+        observers: layer name to ``[bucket][part]`` of `RangeObserver`.
+        moments: layer name to `InputMoments`, for those put there before the next forward.
+        rows: positions a layer and a forward that go into the moments.
+    """
+
+    def __init__(self, patcher, splits: Mapping[str, int | None], num_buckets: int):
+        self.model, self.splits, self.num_buckets = patcher.model, splits, num_buckets
+        self.observers = {
+            name: [[RangeObserver() for _ in range(1 if split is None else 2)]
+                   for _ in range(num_buckets)]
+            for name, split in splits.items()}
+        self.moments: dict[str, InputMoments] = {}
+        self.rows = 0
+        self._buckets: tuple[int, ...] = (0,)
+        self._generator = torch.Generator()
+
+    @contextmanager
+    def watching(self, ranges: bool = True) -> Iterator[None]:
+        """Look at every forward inside; without ``ranges`` for the moments alone."""
+        unet = self.model.diffusion_model
+        modules = dict(unet.named_modules())
+        names: Collection[str] = self.splits if ranges else self.moments
+        hooks = [unet.register_forward_pre_hook(self._start, with_kwargs=True)]
+        hooks += [modules[name].register_forward_pre_hook(self._looking(name, ranges))
+                  for name in names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seed(self, number: int) -> None:
+        """Make the choice of positions depend on ``number`` alone."""
+        self._generator.manual_seed(number)
+
+    def _start(self, unet, args, kwargs) -> None:
+        timesteps = timesteps_of(args, kwargs)
+        if timesteps is None:
+            if self.num_buckets > 1:
+                raise QuantTuneError(
+                    f"A {type(unet).__name__} model is not told the timestep in a way that ranges "
+                    "can follow; set timestep_buckets to 1.")
+            return
+        self._buckets = buckets_of(timesteps, self.model.model_sampling, self.num_buckets)
+
+    def _looking(self, name: str, ranges: bool) -> Callable:
+        def look(module, args):
+            x = args[0].detach()
+            scales = getattr(module, "active_scales", None)
+            if scales is not None and scales.s_in is not None and scales.s_in.shape[0] == 1:
+                shape = (-1, 1, 1) if isinstance(module, torch.nn.Conv2d) else (-1,)
+                x = x * scales.s_in.view(shape)
+            if ranges:
+                try:
+                    self._observe(name, x, 1 if isinstance(module, torch.nn.Conv2d) else -1)
+                except QuantTuneError as error:
+                    raise QuantTuneError(
+                        f"Layer '{name}' cannot be calibrated: {error}") from error
+            if name in self.moments:
+                self.moments[name].add(sample_rows(x, module, self.rows, self._generator))
+        return look
+
+    def _observe(self, name: str, x: torch.Tensor, channels: int) -> None:
+        split = self.splits[name]
+        parts = [x] if split is None else x.tensor_split([split], dim=channels)
+        rows, rest = divmod(x.shape[0], len(self._buckets))
+        for index, part in enumerate(parts):
+            for bucket in sorted(set(self._buckets)):
+                own = part
+                if len(set(self._buckets)) > 1 and not rest:
+                    own = torch.cat([part[i * rows : (i + 1) * rows]
+                                     for i, b in enumerate(self._buckets) if b == bucket])
+                self.observers[name][bucket][index].observe(own)
+
+    def state(self) -> dict:
+        """The observers as what `restore` takes."""
+        return {name: [[o.state() for o in parts] for parts in buckets]
+                for name, buckets in self.observers.items()}
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from a `state`."""
+        self.observers = {name: [[RangeObserver.restore(o) for o in parts] for parts in buckets]
+                          for name, buckets in state.items()}
+
+
+class ForwardRecord:
+    """Some forwards of a diffusion model, to be run again on a changed one.
+
+    Attributes:
+        calls: ``(args, kwargs, output)`` of each.
+    """
+
+    def __init__(self, every: int, most: int):
+        self.every, self.most = max(1, every), most
+        self.calls, self._seen = [], 0
+
+    @contextmanager
+    def recording(self, unet: torch.nn.Module) -> Iterator[None]:
+        """Keep every n-th forward of ``unet`` inside."""
+        hook = unet.register_forward_hook(self._keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _keep(self, unet, args, kwargs, output) -> None:
+        if self._seen % self.every == self.every // 2 and len(self.calls) < self.most:
+            kept = {k: v for k, v in kwargs.items() if k not in ("transformer_options", "control")}
+            self.calls.append((_copied(args), _copied(kept), output.detach().float().cpu()))
+        self._seen += 1
+
+    def error(self, patcher) -> float:
+        """Relative difference of the outputs of the MODEL ``patcher`` (loaded) from the kept."""
+        model, options = patcher.model, patcher.model_options["transformer_options"]
+        options = {**options, "wrappers": patcher.wrappers}
+        dtype = model.manual_cast_dtype or model.get_dtype()
+        squared = norm = 0.0
+        for args, kwargs, output in self.calls:
+            args, kwargs = (_moved(v, patcher.load_device, dtype) for v in (args, kwargs))
+            again = model.diffusion_model(*args, **kwargs, transformer_options=options)
+            squared += float((again.float().cpu() - output).square().sum())
+            norm += float(output.square().sum())
+        return (squared / norm) ** 0.5 if norm else 0.0
+
+
+def _copied(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().cpu() if value.is_floating_point() else value.cpu()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return tuple(map(_copied, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _moved(value, device, dtype):
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, dict):
+        return {k: _moved(v, device, dtype) for k, v in value.items()}
+    return tuple(_moved(v, device, dtype) for v in value) if isinstance(value, tuple) else value
