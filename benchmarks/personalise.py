@@ -4,9 +4,9 @@
 
 Every method trains on the six pictures of a subject that no training picture of the starter shows,
 with the same examples, timesteps and noise a step (``--batch`` pictures), AdamW and a cosine
-schedule. Its learning rate is the best of ``RATES`` by the mean of both fidelities, for the first
-subject and a seed that does not count (other N take that of *recommended*, other bit widths that of
-4 bits by ``--rates``); the paper's settings are taken as they are.
+schedule. Its learning rate is the best of ``RATES`` by the mean of both fidelities over the
+subjects, for a seed that does not count (other N take that of *recommended*, other bit widths that
+of 4 bits by ``--rates``); the paper's settings are taken as they are.
 
 - subject fidelity (stands in for DINO-I / CLIP-I): cosine between the features of generated and of
   real pictures of the subject, in the classifier that was trained on the starter's generator,
@@ -135,12 +135,12 @@ class Bench:
         rates = RATES[method]
         if len(rates) == 1:
             return rates[0]
-        if self.borrowed:
-            known = {r["rate"]: r for r in self.borrowed
-                     if r["method"] == method and r["seed"] == TUNING_SEED}
-        else:
-            known = {r: self.result(method, "pip", TUNING_SEED, r) for r in rates}
-        return max(known, key=lambda r: known[r]["subject_fidelity"] + known[r]["prompt_fidelity"])
+        runs = [r for r in self.borrowed if r["method"] == method and r["seed"] == TUNING_SEED]
+        runs = runs or [self.result(method, subject, TUNING_SEED, rate)
+                        for rate in rates for subject in self.options.subjects]
+        return max(rates, key=lambda rate: statistics.mean(
+            [r["subject_fidelity"] + r["prompt_fidelity"] for r in runs if r["rate"] == rate]
+            or [0.0]))
 
     def result(self, method, subject, seed, rate) -> dict:
         """Train one method once and judge it; taken from the file if it is there."""

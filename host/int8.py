@@ -68,8 +68,9 @@ def prepare(diffusion_model, layers: dict, mode: Int8Mode | None,
             buckets: tuple[int, ...] = ()) -> None:
     """Give each of ``layers`` what its next forward needs, or None for the ordinary path.
 
-    ``buckets`` are those of the samples, for static ranges. Weights are brought into the backend's form once and kept, whatever clones do. Called outside
-    of compiled code, at the start of each forward.
+    ``buckets`` are those of the samples, for static ranges. Weights are brought into the backend's
+    form once and kept, whatever clones do. Called outside of compiled code, at the start of each
+    forward.
     """
     state = diffusion_model.__dict__.get("quanttune_int8")
     if mode is None and state is None:

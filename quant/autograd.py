@@ -119,8 +119,10 @@ class ScaledProduct(torch.autograd.Function):
         else:
             cut = qweight.split
             zs = z.split([cut, z.shape[product.channel_dim] - cut], product.channel_dim)
-            terms = [product.forward(zs[0], weight[:, :cut], None),
-                     product.forward(zs[1], weight[:, cut:], bias if folded else None)]
+            terms = [
+                product.forward(zs[0], weight[:, :cut], None),
+                product.forward(zs[1], weight[:, cut:], bias if folded else None),
+            ]
         if folded:
             y = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         else:
@@ -154,8 +156,9 @@ class ScaledProduct(torch.autograd.Function):
             grad_r = total / _nonzero(r_out)
         if needs_x or needs_s:
             folded = rows == 1
-            weight = _weight(qweight, grad, *((r_out, s_in) if folded else (None, None)),
-                             dtype=ctx.dtype)
+            weight = _weight(
+                qweight, grad, *((r_out, s_in) if folded else (None, None)), dtype=ctx.dtype
+            )
             if folded:
                 grad_z = product.input_gradient(ctx.shape, weight, grad)
             elif qweight.split is None:

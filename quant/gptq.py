@@ -131,7 +131,9 @@ def _inverse_root(hessian: Tensor) -> Tensor:
     )
 
 
-def sample_rows(x: Tensor, layer: torch.nn.Module, count: int, generator: torch.Generator) -> Tensor:
+def sample_rows(
+    x: Tensor, layer: torch.nn.Module, count: int, generator: torch.Generator
+) -> Tensor:
     """What ``count`` random output positions of a layer read, ``[count, K]``.
 
     Args:

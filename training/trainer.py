@@ -7,11 +7,9 @@ over several processes, computes what an undisturbed one does.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,13 +19,12 @@ from torch import Tensor
 from ..quant import LayerScales, QuantTuneError, ScaleMetadata, ScaleSet
 from .config import ScaleTraining
 from .data import TrainingSet
-from .history import LossFile, StepRecord, usable_trackers
+from .history import StepRecord
+from .loop import Progress, TrainingLoop, plain
 from .objective import denoising_loss, loss_weight
 from .optimizers import build_optimizer, rate_factor, set_learning_rate
-from .processes import leave_together
 from .sampling import ExampleOrder, TimestepSampler, generator_of
 from .scales import TrainableScales
-from .state import check_same, load_state, save_state
 
 
 class Denoiser(Protocol):
@@ -59,23 +56,6 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a callback is told after each step.
-
-    Attributes:
-        record: the step.
-        steps: of the whole training.
-        seconds_per_step: over the steps of this session.
-        trainer: for a look at the present scales (`ScaleTrainer.scale_set`).
-    """
-
-    record: StepRecord
-    steps: int
-    seconds_per_step: float
-    trainer: ScaleTrainer
-
-
-@dataclass(frozen=True)
 class TrainingResult:
     """What a training leaves.
 
@@ -92,7 +72,7 @@ class TrainingResult:
     message: str = ""
 
 
-class ScaleTrainer:
+class ScaleTrainer(TrainingLoop):
     """One training run in one folder."""
 
     def __init__(
@@ -121,20 +101,15 @@ class ScaleTrainer:
         Raises:
             QuantTuneError: no examples, or a state that does not belong to these settings.
         """
-        from accelerate import Accelerator
-
         if not data.latents or all(data.prior):
             raise QuantTuneError("There is no image to train on; connect 'Training Images'.")
         if config.caption_dropout and empty is None:
             raise QuantTuneError("caption_dropout needs the conditioning of an empty caption; "
                                  "connect a CLIP, or set it to 0.")
+        super().__init__(folder, config.steps, config.save_every, trackers, accelerator,
+                         denoiser.device.type == "cpu")
         self.denoiser, self.data, self.config = denoiser, data, config
-        self.folder, self.metadata = Path(folder), metadata or ScaleMetadata()
-        self.empty = empty
-        self.trackers = usable_trackers(trackers)
-        self.accelerator = accelerator or Accelerator(
-            cpu=denoiser.device.type == "cpu", log_with=self.trackers or None,
-            project_dir=str(self.folder))
+        self.metadata, self.empty = metadata or ScaleMetadata(), empty
         self.scales = TrainableScales(
             denoiser.shapes, config.num_experts, config.train_s_in,
             denoiser.base_scales if config.absolute else None, config.s_in_noise, config.seed,
@@ -150,8 +125,7 @@ class ScaleTrainer:
             ExampleOrder(buckets, config.batch_size * world, config.seed + i)
             for i, buckets in enumerate(self._buckets()) if buckets]
         self.average = [t if t is None else t.clone() for t in self.scales.flat()]
-        self.step, self.history = 0, []
-        self._restore()
+        self.restore()
 
     def _parameters(self, experts) -> tuple[list, list]:
         pairs = [self.scales.of_expert(e) for e in experts]
@@ -174,34 +148,8 @@ class ScaleTrainer:
 
         Raises QuantTuneError when the loss is not finite; the run keeps its last good state then.
         """
-        main = self.accelerator.is_main_process
-        losses = LossFile(self.folder, self.history) if main else None
-        if self.trackers:
-            self.accelerator.init_trackers("quanttune", config=_plain(self.config.asdict()))
-        start, first, message, stopped = time.monotonic(), self.step, "", False
-        while self.step < self.config.steps and not stopped:
-            record = self._step()
-            self.history.append(record)
-            if losses:
-                losses.add(record)
-            if self.trackers:
-                self.accelerator.log({k: v for k, v in asdict(record).items() if k != "step"},
-                                     step=record.step)
-            every = self.config.save_every
-            if every and self.step % every == 0 and self.step < self.config.steps:
-                message = self._save() or message
-            if callback is not None:
-                pace = (time.monotonic() - start) / (self.step - first)
-                try:
-                    asked = callback(Progress(record, self.config.steps, pace, self))
-                except BaseException:
-                    self._save()
-                    raise
-                stopped = self._any(bool(asked))
-        message = self._save() or message
-        leave_together(self.accelerator)
-        return TrainingResult(self.scale_set(), tuple(self.history),
-                              self.step >= self.config.steps, message)
+        message = self.loop(callback)
+        return TrainingResult(self.scale_set(), tuple(self.history), self.finished, message)
 
     def scale_set(self) -> ScaleSet:
         """The present scales (their average if there is one) as a set of their own."""
@@ -211,7 +159,8 @@ class ScaleTrainer:
         # Flow models may count 0..1; what is routed by is the share of T.
         return self.scales.scale_set(count if count > 1 else 1000, metadata, values)
 
-    def _step(self) -> StepRecord:
+    def one_step(self) -> StepRecord:
+        """All examples of a step, one update."""
         config, step = self.config, self.step
         shared = step < self.shared_steps
         if step == self.shared_steps and step > 0:
@@ -236,17 +185,8 @@ class ScaleTrainer:
         parameters = [p for e in sorted(present) for group in self._parameters([e]) for p in group]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        total = self._mean(total, parameters)
-        if not math.isfinite(total):
-            raise QuantTuneError(
-                f"The loss of step {step + 1} is {total}; the run keeps its state of step "
-                f"{self._saved}. Lower the learning rate and resume, or train from the start.")
-        clip = config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-        if not math.isfinite(norm):
-            raise QuantTuneError(
-                f"The gradient of step {step + 1} is not finite; the run keeps its state of step "
-                f"{self._saved}. Lower the learning rate and resume, or use precision fp32.")
+        total = self.mean(total, parameters, self.denoiser.device)
+        norm = self.clip(total, parameters, config.max_grad_norm)
         expert = -1
         if config.separate_experts:
             for index in sorted(present):
@@ -294,20 +234,6 @@ class ScaleTrainer:
         share = timesteps.double().cpu() * count / self.denoiser.num_timesteps
         return share.floor().clamp(0, count - 1).long().tolist()
 
-    def _mean(self, total: Tensor, parameters: list) -> float:
-        """Average the gradients in place, and the loss, over the processes."""
-        if self.accelerator.num_processes > 1:
-            for p in parameters:
-                p.grad = self.accelerator.reduce(p.grad, "mean")
-            total = self.accelerator.reduce(total.float().to(self.denoiser.device), "mean")
-        return float(total)
-
-    def _any(self, asked: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=self.denoiser.device)
-        return float(self.accelerator.reduce(flag, "sum")) > 0
-
     def _split_experts(self) -> None:
         """End of the shared stage: every expert goes on from the first one and its moments."""
         self.scales.copy_expert(0)
@@ -330,53 +256,35 @@ class ScaleTrainer:
             if average is not None:
                 average.lerp_(now, 1 - decay)
 
-    def _origin(self) -> dict:
-        """What a state has to agree with to be resumed."""
+    def settings(self) -> dict:
+        """See `TrainingLoop.settings`."""
+        return self.config.asdict()
+
+    def origin(self) -> dict:
+        """See `TrainingLoop.origin`."""
         settings = self.config.asdict()
         for name in ("save_every", "preview_every", "checkpointing"):
             settings.pop(name)
         settings["batch_size"] *= self.accelerator.num_processes
         return {"base model": self.denoiser.fingerprint, "set of images": self.data.fingerprint,
-                "settings": _plain(settings)}
+                "settings": plain(settings)}
 
-    def _restore(self) -> None:
-        state = load_state(self.folder)
-        self._saved = 0
-        if state is None:
-            return
-        check_same(self.folder, state, self._origin())
+    def state(self) -> dict:
+        """See `TrainingLoop.state`."""
+        return {
+            "scales": [p.detach().cpu().clone() for p in self.scales.parameters()],
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "average": [t if t is None else t.cpu() for t in self.average],
+        }
+
+    def load(self, state: dict) -> None:
+        """See `TrainingLoop.load`."""
         with torch.no_grad():
             for parameter, value in zip(self.scales.parameters(), state["scales"]):
                 parameter.copy_(value)
         for optimizer, value in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(value)
         self.average = [t if t is None else t.to(self.denoiser.device) for t in state["average"]]
-        self.step = self._saved = state["step"]
-        self.history = [StepRecord(*row) for row in state["history"]]
-
-    def _save(self) -> str:
-        """Save the state; returns what went wrong, or ""."""
-        if not self.accelerator.is_main_process:
-            return ""
-        try:
-            save_state(self.folder, {
-                "origin": self._origin(), "step": self.step,
-                "scales": [p.detach().cpu().clone() for p in self.scales.parameters()],
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "average": [t if t is None else t.cpu() for t in self.average],
-                "history": [list(asdict(r).values()) for r in self.history],
-            })
-        except QuantTuneError as error:
-            logging.warning(str(error))
-            return str(error)
-        self._saved = self.step
-        return ""
-
-
-def _plain(settings: dict) -> dict:
-    """Settings as numbers and strings, which is what trackers and ``weights_only`` files take."""
-    return {k: v if isinstance(v, (bool, int, float, str)) else str(v)
-            for k, v in settings.items()}
 
 
 def _without_captions(conditions: Mapping[str, Tensor], empty: Mapping[str, Tensor],

@@ -52,7 +52,7 @@ class ActivationRanges:
                 )
             low, high = ranges.unbind(-1)
             # NaN fails both comparisons.
-            if not bool((ranges.isfinite().all() & (low <= 0).all() & (high >= 0).all())):
+            if not bool(ranges.isfinite().all() & (low <= 0).all() & (high >= 0).all()):
                 raise QuantTuneError(
                     f"An activation range of layer {name} is not finite or does not contain 0."
                 )

@@ -100,7 +100,7 @@ def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, 
     assert output.args[0].metadata.steps == 3 and "queue again" in output.args[4]
     assert node.fingerprint_inputs(run_name="stopped") != new, "so the graph runs it again"
     with monkeypatch.context() as patch:
-        patch.setattr(ScaleTrainer, "_step", count(ScaleTrainer._step, taken := []))
+        patch.setattr(ScaleTrainer, "one_step", count(ScaleTrainer.one_step, taken := []))
         rest = train(nodes, starter, images, run_name="stopped").args[0]
     assert len(taken) == 3, "goes on instead of starting anew"
     assert rest.metadata.steps == 6

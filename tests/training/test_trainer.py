@@ -55,7 +55,7 @@ def test_one_step_moves_one_expert_only(tmp_path):
     run = trainer(tmp_path, shared_share=0.0, warmup_steps=0)
     for _ in range(8):
         before = run.scales.flat()[0].clone()
-        record = run._step()
+        record = run.one_step()
         moved = (run.scales.flat()[0] != before).any(1).nonzero().flatten().tolist()
         assert moved == [record.expert]
 
@@ -63,9 +63,9 @@ def test_one_step_moves_one_expert_only(tmp_path):
 def test_the_papers_momentum_moves_experts_that_were_not_sampled(tmp_path):
     run = trainer(tmp_path, shared_share=0.0, separate_experts=False, warmup_steps=0)
     for _ in range(5):
-        run._step()
+        run.one_step()
     before = run.scales.flat()[0].clone()
-    run._step()
+    run.one_step()
     assert (run.scales.flat()[0] != before).any(1).all()
 
 
@@ -73,7 +73,7 @@ def test_the_papers_step_is_absolute(tmp_path):
     """Adam's first step is the learning rate in s_out, whatever s0 is (published code)."""
     denoiser = ToyDenoiser()
     run = ScaleTrainer(denoiser, toy_set(), PAPER.replace(steps=4, num_experts=1), tmp_path)
-    run._step()
+    run.one_step()
     moved = run.scales.scale_set(1000).layers["conv"].r_out[0] - 1
     step = (moved.double() * denoiser.base_scales["conv"][:, 0]).abs()
     assert torch.allclose(step, torch.full_like(step, 3e-6), rtol=0.1)
@@ -84,7 +84,7 @@ def test_experts_train_as_one_in_the_shared_stage(tmp_path):
     run.run(lambda p: p.record.step == 12)
     run = trainer(tmp_path, shared_share=0.5)
     assert run.step == 12 and all(r.expert == -1 for r in run.history)
-    run._step()
+    run.one_step()
     r, s = run.scales.flat()
     moved = run.history[-1:] and [i for i in range(4) if not torch.equal(r[i], r[(i + 1) % 4])]
     assert moved, "the first separate step moves one expert away from the others"
@@ -124,11 +124,11 @@ def test_accumulated_batches_count_as_one_step(tmp_path):
     denoiser = ToyDenoiser()
     run = trainer(tmp_path, denoiser, toy_set(4), batch_size=1, gradient_accumulation=4,
                   shared_share=0.0, max_grad_norm=0.0)
-    record = run._step()
+    record = run.one_step()
     assert [rows for rows, _ in denoiser.seen] == [1, 1, 1, 1]
     parts = [float(run._loss(run.orders[0], 0, i, run.timesteps.timesteps(1, 4), False))
              for i in range(4)]
-    record = run._step()
+    record = run.one_step()
     assert record.loss == pytest.approx(sum(parts) / 4, rel=1e-6)
 
 

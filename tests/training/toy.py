@@ -60,7 +60,8 @@ def toy_set(count=5, prior=0, sizes=((8, 8),), seed=0):
 def settings(**changes):
     """Quick settings that move the scales well."""
     return ScaleTraining(**{"steps": 24, "batch_size": 2, "learning_rate": 2e-2,
-                            "warmup_steps": 2, "save_every": 5, **changes})
+                            "warmup_steps": 2, "save_every": 5, "num_experts": 4,
+                            "shared_share": 0.25, **changes})
 
 
 def trainer(folder, denoiser=None, data=None, **changes):
