@@ -96,7 +96,7 @@ class Calibration:
                                  f"{', '.join(ROUNDINGS)}.")
 
 
-class _Samples:
+class Samples:
     """What the model is run on: pictures denoised from noise, or given latents with noise.
 
     Zero latents are a size to generate at: each sample is a whole denoising, as the user will run
@@ -206,7 +206,7 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     if OPTION in patcher.model_options["transformer_options"]:
         patcher = patcher.clone()
         patcher.model_options["transformer_options"].pop(OPTION)
-    samples = _Samples(latent, positive, negative, how)
+    samples = Samples(latent, positive, negative, how)
     modules, kept, splits = _layers(patcher, how)
     run = _Run(patcher, samples, splits, how)
     rounded = run.weights(modules, kept) if how.rounding == GPTQ else {}
@@ -235,7 +235,7 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     return result, "\n".join(lines)
 
 
-def _found_on(samples: _Samples, how: Calibration, calibrated: int, layers: int) -> str:
+def _found_on(samples: Samples, how: Calibration, calibrated: int, layers: int) -> str:
     what = "noised latents"
     if samples.generates:
         what = f"denoisings of {how.steps} steps"
@@ -268,7 +268,7 @@ def _layers(patcher, how: Calibration):
 class _Run:
     """The passes over the samples, with a state on disk."""
 
-    def __init__(self, patcher, samples: _Samples, splits, how: Calibration):
+    def __init__(self, patcher, samples: Samples, splits, how: Calibration):
         self.patcher, self.samples, self.how = patcher, samples, how
         self.watch = ActivationWatch(patcher, splits, how.timestep_buckets)
         self.watch.rows = max(1, math.ceil(MOMENT_ROWS / (len(samples) * samples.forwards)))

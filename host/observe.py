@@ -134,31 +134,50 @@ class ForwardRecord:
             self.calls.append((_copied(args), _copied(kept), output.detach().float().cpu()))
         self._seen += 1
 
+    def copy(self) -> ForwardRecord:
+        """The same calls in tensors of their own, which autograd may keep."""
+        copy = ForwardRecord(self.every, self.most)
+        with torch.inference_mode(False):
+            copy.calls = [_mapped(call, torch.clone) for call in self.calls]
+        return copy
+
+    def again(self, index: int, patcher, options: dict) -> torch.Tensor:
+        """The output of the MODEL ``patcher`` (loaded) for a kept call.
+
+        ``options`` are the transformer options to run it with.
+        """
+        model = patcher.model
+        dtype = model.manual_cast_dtype or model.get_dtype()
+        args, kwargs = (_moved(v, patcher.load_device, dtype) for v in self.calls[index][:2])
+        return model.diffusion_model(*args, **kwargs, transformer_options=options)
+
+    def timesteps(self, index: int) -> torch.Tensor | None:
+        """Of a kept call."""
+        return timesteps_of(*self.calls[index][:2])
+
     def error(self, patcher) -> float:
         """Relative difference of the outputs of the MODEL ``patcher`` (loaded) from the kept."""
-        model, options = patcher.model, patcher.model_options["transformer_options"]
-        options = {**options, "wrappers": patcher.wrappers}
-        dtype = model.manual_cast_dtype or model.get_dtype()
+        options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
         squared = norm = 0.0
-        for args, kwargs, output in self.calls:
-            args, kwargs = (_moved(v, patcher.load_device, dtype) for v in (args, kwargs))
-            again = model.diffusion_model(*args, **kwargs, transformer_options=options)
+        for index, (_, _, output) in enumerate(self.calls):
+            again = self.again(index, patcher, options)
             squared += float((again.float().cpu() - output).square().sum())
             norm += float(output.square().sum())
         return (squared / norm) ** 0.5 if norm else 0.0
 
 
-def _copied(value):
+def _mapped(value, change):
+    """``value``, tensors in mappings and sequences included, with ``change`` made to each."""
     if isinstance(value, torch.Tensor):
-        return value.detach().float().cpu() if value.is_floating_point() else value.cpu()
+        return change(value)
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return tuple(map(_copied, value)) if isinstance(value, (tuple, list)) else value
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return tuple(_mapped(v, change) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _copied(value):
+    return _mapped(value, lambda t: (t.detach().float() if t.is_floating_point() else t).cpu())
 
 
 def _moved(value, device, dtype):
-    if isinstance(value, torch.Tensor):
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if isinstance(value, dict):
-        return {k: _moved(v, device, dtype) for k, v in value.items()}
-    return tuple(_moved(v, device, dtype) for v in value) if isinstance(value, tuple) else value
+    return _mapped(value, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))

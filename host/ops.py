@@ -22,6 +22,8 @@ class _ScaledOp:
     active_scales = None
     int8 = None
     """``int8(input, scales)`` when this forward multiplies integers (``host.int8``)."""
+    fake_quant = None
+    """``fake_quant(input, bias)`` while a training simulates integers (``host.qat``)."""
 
     def _init_weights(self, device, dtype):
         self._load_device, self._load_dtype = device, dtype
@@ -119,6 +121,8 @@ class _ScaledOp:
 
     def forward(self, input, *args, **kwargs):
         comfy.ops.run_every_op()
+        if self.fake_quant is not None:
+            return self.fake_quant(input, self.bias)
         if self.int8 is not None and not (torch.is_grad_enabled() and input.requires_grad):
             return self.int8(input, self.active_scales)
         # Asking for the weight's own dtype keeps it packed unless a patch has to act on it.

@@ -98,12 +98,25 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
         "split_shortcuts": split_shortcuts})
 
+    return model_over(patcher, checkpoint, name, dtypes), report
+
+
+def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None):
+    """A clone of a MODEL, its patches and sampling changes included, over other weights.
+
+    Args:
+        patcher: a MODEL of the same architecture, float or quantized.
+        checkpoint: the weights.
+        name: what to call the model.
+        dtypes: as in `quantize_model`.
+    """
+    source = patcher.model
     # The shared model may still carry a clone's object patch from the last sampling.
     own = {name: patcher.object_patches_backup.get(name, getattr(source, name))
            for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
     own_cast = own.pop("manual_cast_dtype")
     dtypes = dtypes or (source.get_dtype(), own_cast)
-    return adopt(patcher, build_model(checkpoint, name, dtypes, own)), report
+    return adopt(patcher, build_model(checkpoint, name, dtypes, own))
 
 
 def quantizable_layers(source) -> dict[str, torch.nn.Module]:

@@ -20,7 +20,8 @@ from ..metrics.charts import loss_chart, picture_grid
 from ..quant import QuantTuneError, ScaleMetadata
 from ..training.config import ScaleTraining
 from ..training.data import TrainingSet
-from ..training.trainer import Progress, ScaleTrainer, TrainingResult
+from ..training.loop import Progress
+from ..training.trainer import ScaleTrainer, TrainingResult
 from .build import quantized_model
 from .pictures import SamplingSettings, sample_pictures
 from .routing import apply_scale_set
@@ -133,6 +134,20 @@ def _report(result: TrainingResult, config: ScaleTraining, name: str) -> str:
     return "\n".join(lines)
 
 
+def tell(progress: Progress, node_id: str | None) -> None:
+    """Show step, loss and time left on a node, if there is a server and a node."""
+    left = (progress.steps - progress.record.step) * progress.seconds_per_step
+    recent = [r.loss for r in progress.trainer.history[-25:]]
+    text = (f"step {progress.record.step}/{progress.steps}  loss {np.mean(recent):.4f}  "
+            f"{progress.seconds_per_step:.2f} s a step, {int(left) // 60}:"
+            f"{int(left) % 60:02d} left")
+    if node_id is not None:
+        from server import PromptServer
+
+        if getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(text, node_id)
+
+
 class _Watcher:
     """The trainer's callback: bar, text, pictures, and the host's Stop."""
 
@@ -165,24 +180,12 @@ class _Watcher:
             now = time.monotonic()
             if now - self.told > 0.5 or preview or record.step == progress.steps:
                 self.told = now
-                self._tell(progress)
+                tell(progress, self.node_id)
             self.bar.update_absolute(record.step, progress.steps, preview)
             comfy.model_management.throw_exception_if_processing_interrupted()
         except comfy.model_management.InterruptProcessingException:
             return True
         return False
-
-    def _tell(self, progress: Progress) -> None:
-        left = (progress.steps - progress.record.step) * progress.seconds_per_step
-        recent = [r.loss for r in progress.trainer.history[-25:]]
-        text = (f"step {progress.record.step}/{progress.steps}  loss {np.mean(recent):.4f}  "
-                f"{progress.seconds_per_step:.2f} s a step, {int(left) // 60}:"
-                f"{int(left) % 60:02d} left")
-        if self.node_id is not None:
-            from server import PromptServer
-
-            if getattr(PromptServer, "instance", None) is not None:
-                PromptServer.instance.send_progress_text(text, self.node_id)
 
     def look(self, trainer: ScaleTrainer) -> None:
         """Sample the validation prompts with the present scales."""

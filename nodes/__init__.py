@@ -9,6 +9,7 @@ from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
 from .starter import LoadStarterModel
+from .train_qat import TrainQat
 from .train_scales import TrainScales
 from .training_images import ClassImagesNode, TrainingImagesNode
 from .weight_change_map import WeightChangeMap
@@ -23,4 +24,5 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8]
+                WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
+                TrainQat]

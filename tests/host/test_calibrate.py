@@ -202,7 +202,7 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
     source = models.small_model()
     settings = {"samples": 6, "steps": 2, "bits": 4, "rounding": "gptq"}
     whole, _ = calibrated(source, **settings)
-    run, runs = module._Samples.run, []
+    run, runs = module.Samples.run, []
 
     def failing(self, patcher, index, callback=None):
         runs.append(index)
@@ -210,7 +210,7 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         run(self, patcher, index, callback)
 
-    monkeypatch.setattr(module._Samples, "run", failing)
+    monkeypatch.setattr(module.Samples, "run", failing)
     with pytest.raises(KeyboardInterrupt):
         calibrated(source, **settings)
     (state,) = (tmp_path / "quanttune_runs" / ".calibration").iterdir()

@@ -1,0 +1,244 @@
+"""Quantization-aware training inside the host: the float model teaches, true integers come out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.utils
+import torch
+from PIL import Image
+
+from ..metrics.charts import loss_chart
+from ..quant import QuantizedCheckpoint, QuantTuneError
+from ..quant.int8 import ActivationRanges
+from ..quant.qat import FakeQuantLayer
+from ..training.loop import Progress
+from ..training.qat import QatTrainer, QatTraining
+from .build import quantized_model
+from .calibrate import Calibration, Samples
+from .int8 import OPTION, backend_for, geometry
+from .layout import is_uniform, unwrap
+from .observe import ForwardRecord
+from .ops import scaled_layers
+from .quantize import model_over
+from .routing import OPTION as ROUTER
+from .routing import buckets_of
+from .train import run_folder, tell
+from .training import checkpointed, training_copy
+
+HELD_OUT = 8
+"""One forward in so many is not trained on, but tells the error afterwards."""
+
+
+@dataclass(frozen=True)
+class QatOutcome:
+    """What a training gives to the graph.
+
+    Attributes:
+        model: MODEL that multiplies the trained integers.
+        loss_picture: chart of the loss.
+        report: in words.
+        finished: False if it was stopped.
+    """
+
+    model: object
+    loss_picture: Image.Image
+    report: str
+    finished: bool
+
+
+class HostStudent:
+    """`training.qat.Student` over a copy of a calibrated MODEL."""
+
+    def __init__(self, denoiser, mode, record: ForwardRecord, floats: dict | None):
+        self.patcher, self.record = denoiser.patcher, record.copy()
+        self.device, self.fingerprint = denoiser.device, denoiser.fingerprint
+        ranges = mode.ranges
+        self.num_buckets = ranges.num_buckets
+        self.layers = {}
+        for name, module in scaled_layers(self.unet).items():
+            if (name not in mode.layers or not is_uniform(module.weight)
+                    or backend_for(module, self.device)[0] is None):
+                continue  # its activations are not quantized
+            own = ranges.layers.get(name)
+            weight = None if floats is None else floats[name]
+            layer = FakeQuantLayer(unwrap(module.weight), geometry(module), own, weight)
+            layer = self.layers[name] = layer.to(self.device)
+            # Not as a submodule: the model's parameters stay its own.
+            module.__dict__["fake_quant"] = layer
+        options = self.patcher.model_options["transformer_options"]
+        self.options = {k: v for k, v in options.items() if k != OPTION}
+        self.options["wrappers"] = self.patcher.wrappers
+        self.train = [i for i in range(len(record.calls)) if (i + 1) % HELD_OUT]
+        digest = hashlib.sha256()
+        for _, _, output in record.calls:
+            digest.update(output.numpy().tobytes())
+        self.examples = digest.hexdigest()
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        """The diffusion model."""
+        return self.patcher.model.diffusion_model
+
+    def __len__(self):
+        return len(self.train)
+
+    def answer(self, index: int, checkpointing: bool):
+        """See `training.qat.Student`."""
+        call = self.train[index]
+        buckets = buckets_of(self.record.timesteps(call), self.patcher.model.model_sampling,
+                             self.num_buckets)
+        for layer in self.layers.values():
+            layer.buckets = buckets
+        if checkpointing:
+            with checkpointed(self.unet):
+                output = self.record.again(call, self.patcher, self.options)
+        else:
+            output = self.record.again(call, self.patcher, self.options)
+        return output, self.record.calls[call][2].to(self.device)
+
+
+def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Sequence,
+              how: Calibration, config: QatTraining, name: str,
+              node_id: str | None = None) -> QatOutcome:
+    """Train the integers of a calibrated MODEL to answer as a float one does, or go on with a run.
+
+    The host's Stop ends the training after the step under way and gives what was learnt so far.
+
+    Args:
+        patcher: MODEL from *Calibrate INT8*.
+        reference: the float MODEL.
+        latent, positive, negative, how: what both are run on, as in `calibrate.calibrate`.
+        config: settings.
+        name: of the run.
+        node_id: of the node that shows progress, or None.
+
+    Raises:
+        QuantTuneError: a MODEL without static ranges, with a LoRA or scales, or of another
+            architecture than the reference; whatever the training raises.
+    """
+    mode = _mode_of(patcher)
+    samples = Samples(latent, positive, negative, how)
+    record = _recorded(reference, samples)
+    before = _error_of(record, patcher)
+    folder = run_folder(name)
+    with training_copy(patcher, config.precision) as denoiser:
+        floats = _float_weights(reference, mode) if config.weight_learning_rate else None
+        student = HostStudent(denoiser, mode, record, floats)
+        trainer = QatTrainer(student, config, folder)
+        message = trainer.run(_Watcher(config.steps, node_id))
+        learnt = {n: layer.export() for n, layer in student.layers.items()}
+    result = _exported(patcher, learnt)
+    after = _error_of(record, result)
+    steps, losses = zip(*[(r.step, r.loss) for r in trainer.history]) if trainer.history else (
+        (), ())
+    lines = [f"{len(learnt)} layers trained for {trainer.step} of {config.steps} steps on "
+             f"{len(student)} forwards of the float model.",
+             f"Output error against it, with true integers: {before:.2%} before, {after:.2%} "
+             f"after (on {len(record.calls) - len(student)} forwards that were not trained on)."]
+    if not trainer.finished:
+        lines.append(f"Stopped; queue again to go on with the run '{name}'.")
+    if message:
+        lines.append(message)
+    return QatOutcome(result, loss_chart(steps, losses, title=f"QAT: {name}"), "\n".join(lines),
+                      trainer.finished)
+
+
+def _mode_of(patcher):
+    """The integer products of a MODEL that can be trained."""
+    options = patcher.model_options["transformer_options"]
+    mode = options.get(OPTION)
+    if quantized_model(patcher) is None or mode is None or mode.ranges is None:
+        raise QuantTuneError("Train QAT needs a MODEL with static ranges that multiplies integers "
+                             "on this machine; put 'Calibrate INT8' before it.")
+    if patcher.patches:
+        raise QuantTuneError("This MODEL has a LoRA or merge on top, which integers cannot hold; "
+                             "train the model from before the LoRA and apply the LoRA after it.")
+    if ROUTER in options:
+        raise QuantTuneError("This MODEL has scales applied already; train the model from before "
+                             "'Apply TuneQDM Scales'.")
+    return mode
+
+
+def _recorded(reference, samples: Samples) -> ForwardRecord:
+    """Forwards of the float model on all samples."""
+    if quantized_model(reference) is not None:
+        raise QuantTuneError("The reference is a quantized MODEL; connect the float one, which the "
+                             "integers are to learn from.")
+    record = ForwardRecord(1, len(samples) * samples.forwards)
+    bar = comfy.utils.ProgressBar(len(samples))
+    with record.recording(reference.model.diffusion_model):
+        for index in range(len(samples)):
+            samples.run(reference, index)
+            bar.update(1)
+    if not all(bool(output.isfinite().all()) for _, _, output in record.calls):
+        raise QuantTuneError("The reference computes NaN or infinite values, from which nothing "
+                             "can be learnt; use a precision it can run in, or another file.")
+    return record
+
+
+def _error_of(record: ForwardRecord, patcher) -> float:
+    """Of a MODEL, on the forwards that are held out."""
+    held = ForwardRecord(1, 0)
+    held.calls = [c for i, c in enumerate(record.calls) if not (i + 1) % HELD_OUT] or record.calls
+    comfy.model_management.load_models_gpu([patcher])
+    try:
+        return held.error(patcher)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise QuantTuneError(f"The reference is of another architecture than the MODEL ({reason}); "
+                             "connect the float model that was quantized.") from error
+
+
+def _float_weights(reference, mode) -> dict[str, torch.Tensor]:
+    found = {}
+    for key, entry in reference.get_key_patches("diffusion_model.").items():
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        if name in mode.layers:
+            weight, convert = entry[0]
+            with torch.inference_mode(False):
+                found[name] = convert(weight).detach().float().cpu().clone()
+    if missing := mode.layers - found.keys():
+        raise QuantTuneError(f"The reference has no layer '{min(missing)}'; connect the float "
+                             "model that was quantized.")
+    return found
+
+
+def _exported(patcher, learnt: dict):
+    """A MODEL over the learnt integers and ranges, multiplying integers as before."""
+    own = quantized_model(patcher)
+    checkpoint, mode = own.checkpoint, patcher.model_options["transformer_options"][OPTION]
+    ranges = {**mode.ranges.layers, **{n: r for n, (_, r) in learnt.items() if r is not None}}
+    layers = {**checkpoint.layers, **{n: w for n, (w, _) in learnt.items()}}
+    trained = QuantizedCheckpoint(
+        replace(checkpoint.metadata, fingerprint="", calibration={
+            **checkpoint.metadata.calibration, "trained": True}),
+        layers, checkpoint.floats, ActivationRanges(ranges))
+    result = model_over(patcher, trained, own.name)
+    options = result.model_options["transformer_options"]
+    options[OPTION] = replace(mode, ranges=trained.ranges, model=result.model)
+    return result
+
+
+class _Watcher:
+    """The trainer's callback: bar, text, and the host's Stop."""
+
+    def __init__(self, steps: int, node_id: str | None):
+        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self.node_id, self.told = node_id, 0.0
+
+    def __call__(self, progress: Progress) -> bool:
+        now = time.monotonic()
+        if now - self.told > 0.5 or progress.record.step == progress.steps:
+            self.told = now
+            tell(progress, self.node_id)
+        try:
+            self.bar.update_absolute(progress.record.step, progress.steps)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        except comfy.model_management.InterruptProcessingException:
+            return True
+        return False
