@@ -19,7 +19,7 @@ from ..quant.qat import FakeQuantLayer
 from ..training.loop import Progress
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
-from .calibrate import Calibration, Samples
+from .calibrate import Calibration
 from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord
@@ -27,6 +27,7 @@ from .ops import scaled_layers
 from .quantize import model_over
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
+from .samples import Samples
 from .train import run_folder, tell
 from .training import checkpointed, training_copy
 

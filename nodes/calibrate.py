@@ -3,8 +3,9 @@
 import comfy.samplers
 from comfy_api.latest import io, ui
 
-from ..host.calibrate import ROUNDINGS, Calibration, calibrate, conditioning_of
+from ..host.calibrate import ROUNDINGS, Calibration, calibrate
 from ..host.dynamic_int8 import LAYERS, PRECISIONS
+from ..host.samples import conditioning_of
 from ..quant.int8 import RangeEstimator
 
 

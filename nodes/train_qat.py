@@ -3,9 +3,10 @@
 import comfy.samplers
 from comfy_api.latest import io, ui
 
-from ..host.calibrate import Calibration, conditioning_of
+from ..host.calibrate import Calibration
 from ..host.images import as_image
 from ..host.qat import train_qat
+from ..host.samples import conditioning_of
 from ..host.train import forget_run, run_state
 from ..training.qat import QatTraining
 from .train_scales import ANEW, CONTINUE

@@ -117,7 +117,8 @@ def test_error_feedback_brings_the_output_nearer(bits):
     from quanttune.starter.load import load_starter
 
     model, clip, _ = load_starter()
-    from quanttune.host.calibrate import Calibration, calibrate, conditioning_of
+    from quanttune.host.calibrate import Calibration, calibrate
+    from quanttune.host.samples import conditioning_of
 
     positive, negative = conditioning_of(
         clip, "a red striped star on a blue background\na small green circle, white background",
@@ -132,7 +133,8 @@ def test_error_feedback_brings_the_output_nearer(bits):
 
 
 def test_static_is_close_to_dynamic_on_the_starter():
-    from quanttune.host.calibrate import Calibration, calibrate, conditioning_of
+    from quanttune.host.calibrate import Calibration, calibrate
+    from quanttune.host.samples import conditioning_of
     from quanttune.starter.load import load_starter
 
     model, clip, _ = load_starter()
@@ -280,7 +282,8 @@ def test_nan_is_refused_and_says_where():
 
 
 def test_refusals():
-    from quanttune.host.calibrate import Calibration, calibrate, conditioning_of
+    from quanttune.host.calibrate import Calibration, calibrate
+    from quanttune.host.samples import conditioning_of
 
     source = models.small_model()
     zeros = {"samples": torch.zeros(1, 4, 16, 16)}

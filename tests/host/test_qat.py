@@ -83,8 +83,9 @@ def test_each_layer_of_integers_computes_what_was_trained():
     import comfy.model_management
 
     from quanttune.host import qat
-    from quanttune.host.calibrate import Calibration, Samples
+    from quanttune.host.calibrate import Calibration
     from quanttune.host.int8 import OPTION
+    from quanttune.host.samples import Samples
     from quanttune.host.training import training_copy
 
     source = models.small_model()

@@ -62,6 +62,27 @@ def test_dynamic_int8_says_what_runs(nodes):
     assert models.quantized_model(model) is not None
 
 
+def test_calibrate_then_train_from_prompts(nodes):
+    with torch.inference_mode():
+        model, clip, _ = run_node(nodes["QuantTuneLoadStarterModel"]).args
+        common = {"latent": {"samples": torch.zeros(1, 4, 16, 16)}, "clip": clip, "samples": 4,
+                  "steps": 2, "precision": "float32",
+                  "prompts": "a red star on a blue background\n\n  a green circle  \n"}
+        calibrated = run_node(nodes["QuantTuneCalibrateInt8"], model=model, bits="4", **common)
+        assert "4 bits" not in calibrated.args[1] and "2 prompts" in calibrated.args[1]
+        assert "static ranges" in json.dumps(calibrated.ui.as_dict())
+        trained = run_node(nodes["QuantTuneTrainQat"], model=calibrated.args[0], reference=model,
+                           train_steps=2, run_name="t", **{**common, "precision": "fp32"})
+        fast, chart, report = trained.args
+        assert chart.ndim == 4 and "2 of 2 steps" in report and "true integers" in report
+        assert models.quantized_model(fast).checkpoint.ranges.num_buckets == 4
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        context = clip.encode_from_tokens(clip.tokenize("a red star"))
+        answer = models.forward(fast, {"x": noise, "timesteps": torch.tensor([500.0]),
+                                       "context": context})
+    assert answer.isfinite().all()
+
+
 def test_save_for_stock_writes_where_it_says(nodes):
     with torch.inference_mode():
         quantized = run_node(nodes["QuantTuneQuantizeUNet"], model=models.small_model(), bits="8",
