@@ -1,4 +1,4 @@
-"""Dynamic INT8 on a full-size SD1.5 UNet: time, error, warm-up, against every float there is.
+"""INT8 on a full-size SD1.5 UNet: time, error, warm-up, against every float there is.
 
 ``python dev.py bench int8 [--json FILE] [-- --threads 1 --rounds 5 --latents 64 32]``
 
@@ -9,6 +9,7 @@ all of them; processor time, median of the rounds' ratios. The ways:
 - ``bf16``: bfloat16, convolution weights channels last, PyTorch's attention,
 - ``bf16 compiled``: the same through torch.compile (with ``--compile``: it takes minutes),
 - ``int8``: *Dynamic INT8* on the float model, ``int8 convolutions`` with Linear layers in bfloat16,
+- ``int8 static``: the same integers with ranges from *Calibrate INT8*, four sets of them,
 - ``w4a8``: *Dynamic INT8* on the 4-bit model, ``w4a8 routed`` with four experts' scales on it.
 
 The error is that of the output against float32, relative, at one timestep. Warm-up is the wall time
@@ -77,10 +78,19 @@ def _models(torch):
     four_bits, _ = quantize_model(fp32, QuantSpec(4), dtypes=(torch.bfloat16, None))
     w4a8, _ = dynamic_int8(four_bits)
     return {
-        "fp32": fp32, "bf16": bf16, "int8": int8,
+        "fp32": fp32, "bf16": bf16, "int8": int8, "int8 static": _static(torch, int8),
         "int8 convolutions": dynamic_int8(fp32, "convolutions")[0], "w4a8": w4a8,
         "w4a8 routed": apply_scale_set(w4a8, random_scales(w4a8), 1.0, "s")[0],
     }, note.splitlines()[-2:]
+
+
+def _static(torch, int8):
+    """The calibrated MODEL; the ranges come from eight steps, enough to measure time by."""
+    from quanttune.host.calibrate import Calibration, calibrate
+
+    prompt = [[torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(3)), {}]]
+    how = Calibration(samples=8, steps=8, timestep_buckets=4, dynamic_cross_attention=False)
+    return calibrate(int8, {"samples": torch.zeros(1, 4, 32, 32)}, prompt, (), how)[0]
 
 
 def _measure(torch, models, size, options) -> dict:
@@ -118,6 +128,7 @@ def _measure(torch, models, size, options) -> dict:
         "ratios": {n: {"vs_fp32": ratio("fp32", n), "vs_best_float": ratio(best, n)}
                    for n in runs},
         "speedup_vs_fp32": ratio("fp32", "int8"), "speedup_vs_best_float": ratio(best, "int8"),
+        "speedup_static_vs_dynamic": ratio("int8", "int8 static"),
         "error": float((outputs["int8"].float() - exact).norm() / exact.norm()),
     }
 

@@ -30,6 +30,7 @@ from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
 from .quantize import quantizable_layers, quantize_model
+from .routing import OPTION as ROUTER
 from .samples import Samples
 from .train import RUNS
 
@@ -271,7 +272,6 @@ class _Run:
             picture = previewer and previewer.decode_latent_to_preview_image("JPEG", clean)
             bar.update_absolute(min(index * each + step + 1, bar.total), preview=picture or None)
 
-        # A step that is cut off leaves observations of a part of it: those do no harm to ranges.
         try:
             for index in range(first, len(self.samples)):
                 self.watch.seed(self.how.seed + index)
@@ -315,12 +315,16 @@ def _unpacked(facts: dict) -> QuantizedWeight:
 
 
 def _identity(patcher) -> str:
-    """Of the weights that are observed, patches included."""
+    """Of the weights that are observed, patches and scales included."""
     own = quantized_model(patcher)
-    patches = str(patcher.patches_uuid) if patcher.patches else ""
+    digest = hashlib.sha256(str(patcher.patches_uuid).encode() if patcher.patches else b"")
+    router = patcher.model_options["transformer_options"].get(ROUTER)
+    for scale_set, strength in router.entries if router is not None else ():
+        digest.update(repr((scale_set.num_experts, strength)).encode())
+        for tensor in scale_set.tensors():
+            digest.update(tensor.float().cpu().numpy().tobytes())
     if own is not None:
-        return own.fingerprint + patches
-    digest = hashlib.sha256(patches.encode())
+        return own.fingerprint + digest.hexdigest()
     for key, entry in sorted(patcher.get_key_patches("diffusion_model.").items()):
         weight = entry[0][0]
         digest.update(f"{key}{tuple(weight.shape)}".encode())

@@ -48,8 +48,9 @@ def output_error(report):
     return float(line.partition("forwards: ")[2].partition("%")[0]) / 100
 
 
-def test_a_float_model_gets_static_ranges():
-    source = models.small_model()
+@pytest.mark.parametrize("family", ["SD15", "SD20"])
+def test_a_float_model_gets_static_ranges(family):
+    source = models.small_model(family)
     model, report = calibrated(source, dynamic_cross_attention=False)
     arguments = models.inputs(source)
     expected = models.forward(source, arguments)
