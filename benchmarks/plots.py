@@ -17,8 +17,9 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="taken for the interface; nothing is measured")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    for name, draw in (("train_cost", train_cost), ("personalise-4bit", personalise),
-                       ("ablation", ablation)):
+    for name, draw in (("train_cost", train_cost), ("ablation", ablation),
+                       ("static_int8", static_int8),
+                       *((f"personalise-{bits}bit", personalise) for bits in (8, 4, 3))):
         source = options.results / f"{name}.json"
         if source.exists():
             figure = draw(json.loads(source.read_text()))
@@ -68,7 +69,8 @@ def personalise(result):
         values = [r["subject_fidelity"] for r in runs]
         size = f", {runs[0]['bytes'] / 1e6:.2f} MB" if "bytes" in runs[0] else ""
         labels.append(f"{method}{f' ({rate:g})' if rate else ''}{size}")
-        axis.errorbar(statistics.mean(values), index, xerr=statistics.stdev(values), fmt="o",
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axis.errorbar(statistics.mean(values), index, xerr=spread, fmt="o",
                       color=BLUE if method.startswith("recommended") else ORANGE, capsize=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
@@ -76,6 +78,24 @@ def personalise(result):
     axis.set_xlabel("subject fidelity (mean and standard deviation)", fontsize=9)
     axis.set_title(f"Starter model, {result['settings']['bits']} bits, "
                    f"{result['settings']['steps']} steps", fontsize=10)
+    return figure
+
+
+def static_int8(result):
+    """Output error and likeness of pictures of each way of quantizing."""
+    figure, axes = _figure(2)
+    names = sorted(result["runs"])
+    for axis, key, title in ((axes[0], "error", "error of the output"),
+                             (axes[1], "ssim", "SSIM with the float pictures")):
+        bars = axis.barh(range(len(names)), [result["runs"][n][key] for n in names], color=[
+            BLUE if "QAT" in n else ORANGE if "GPTQ" in n else GREY for n in names])
+        axis.bar_label(bars, fmt="%.3f", fontsize=7)
+        axis.set_title(title, fontsize=10)
+        axis.invert_yaxis()
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[1].set_yticks([])
+    axes[1].set_xlim(0.8, 1.0)
+    figure.suptitle(f"Starter model, {result['settings']['images']} pictures", fontsize=11)
     return figure
 
 
