@@ -195,18 +195,28 @@ class _Run:
         total = len(samples) * samples.forwards
         self.record = ForwardRecord(total // CHECKED, CHECKED)
         self.key = hashlib.sha256(repr((
-            asdict(how), samples.key(), _identity(patcher), sorted(splits.items(), key=str),
+            asdict(how), samples.key(), identity_of(patcher), sorted(splits.items(), key=str),
         )).encode()).hexdigest()[:32]
         self.folder = Path(folder_paths.get_output_directory()) / RUNS / ".calibration" / self.key
         self.saved = time.monotonic()
-        self.state = self._found() or {"done": 0, "observers": None, "weights": {}}
-
-    def _found(self) -> dict | None:
+        self.state, self.rounded = {"done": 0, "observers": None, "weights": {}}, {}
         try:
-            return load_state(self.folder)
-        except QuantTuneError:
-            self.forget()  # of a version before, or damaged: the work is done again
-            return None
+            self._restore(load_state(self.folder) or self.state)
+        except (QuantTuneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            self.forget()  # damaged, or of a version before: the work is done again
+            self.watch = ActivationWatch(patcher, splits, how.timestep_buckets)
+
+    def _restore(self, state: dict) -> None:
+        weights = {n: _unpacked(w) for n, w in state["weights"].items()}
+        done, observers = int(state["done"]), state["observers"]
+        if (observers is None) != (done == 0) or not 0 <= done <= len(self.samples):
+            raise ValueError("observations of another number of samples")
+        if observers is not None:
+            if observers.keys() != self.watch.splits.keys():
+                raise ValueError("observations of other layers")
+            self.watch.restore(observers)
+        self.state, self.rounded = {"done": done, "observers": observers,
+                                    "weights": dict(state["weights"])}, weights
 
     def forget(self) -> None:
         """Delete the state."""
@@ -214,8 +224,6 @@ class _Run:
 
     def observe(self) -> None:
         """Find the ranges of all layers."""
-        if self.state["observers"] is not None:
-            self.watch.restore(self.state["observers"])
         unet = self.patcher.model.diffusion_model
         with self.watch.watching(), self.record.recording(unet):
             self._pass(self.state["done"], self._keep_ranges)
@@ -236,7 +244,7 @@ class _Run:
         splits = shortcut_splits({n: tuple(m.weight.shape) for n, m in modules.items()})
         originals = self.patcher.get_key_patches("diffusion_model.")
         device, budget = _moments_at()
-        done = {n: _unpacked(w) for n, w in self.state["weights"].items()}
+        done = self.rounded
         left = [n for n, m in modules.items() if n not in kept and n not in done
                 and getattr(m, "groups", 1) == 1 and not isinstance(
                     getattr(m, "padding", None), str)]
@@ -249,16 +257,18 @@ class _Run:
                                   for n in group}
             with self.watch.watching(ranges=False):
                 self._pass(0, lambda _: None)
-            for name in group:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                weight, convert = originals[f"diffusion_model.{name}.weight"][0]
-                moments = self.watch.moments.pop(name)
-                if not moments.count:
-                    continue  # a layer that this model never calls is rounded to nearest
-                done[name] = gptq_quantize(convert(weight).float(), moments, spec,
-                                           splits.get(name))
-            self.state["weights"] = {n: _packed(w) for n, w in done.items()}
-            self._save()
+            try:
+                for name in group:
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    weight, convert = originals[f"diffusion_model.{name}.weight"][0]
+                    moments = self.watch.moments.pop(name)
+                    if not moments.count:
+                        continue  # a layer that this model never calls is rounded to nearest
+                    done[name] = gptq_quantize(convert(weight).float(), moments, spec,
+                                               splits.get(name))
+                    self.state["weights"][name] = _packed(done[name])
+            finally:
+                self._save()
         return done
 
     def _pass(self, first: int, keep) -> None:
@@ -314,10 +324,14 @@ def _unpacked(facts: dict) -> QuantizedWeight:
     return QuantizedWeight(**{**facts, "shape": tuple(facts["shape"])})
 
 
-def _identity(patcher) -> str:
-    """Of the weights that are observed, patches and scales included."""
+def identity_of(patcher) -> str:
+    """Of what a MODEL computes: its weights, patches, scales and sampling."""
     own = quantized_model(patcher)
     digest = hashlib.sha256(str(patcher.patches_uuid).encode() if patcher.patches else b"")
+    sampling = patcher.get_model_object("model_sampling")
+    digest.update(repr([c.__name__ for c in type(sampling).__mro__]).encode())
+    for key, value in sorted(sampling.state_dict().items()):
+        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     router = patcher.model_options["transformer_options"].get(ROUTER)
     for scale_set, strength in router.entries if router is not None else ():
         digest.update(repr((scale_set.num_experts, strength)).encode())
@@ -328,7 +342,8 @@ def _identity(patcher) -> str:
     for key, entry in sorted(patcher.get_key_patches("diffusion_model.").items()):
         weight = entry[0][0]
         digest.update(f"{key}{tuple(weight.shape)}".encode())
-        digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
+        flat = weight.flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

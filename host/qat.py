@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import comfy.model_management
 import comfy.utils
@@ -19,7 +19,7 @@ from ..quant.qat import FakeQuantLayer
 from ..training.loop import Progress
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
-from .calibrate import Calibration
+from .calibrate import Calibration, identity_of
 from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord
@@ -55,9 +55,10 @@ class QatOutcome:
 class HostStudent:
     """`training.qat.Student` over a copy of a calibrated MODEL."""
 
-    def __init__(self, denoiser, mode, record: ForwardRecord, floats: dict | None):
-        self.patcher, self.record = denoiser.patcher, record.copy()
-        self.device, self.fingerprint = denoiser.device, denoiser.fingerprint
+    def __init__(self, denoiser, mode, record: ForwardRecord, floats: dict | None,
+                 examples: str = ""):
+        self.patcher, self.record, self.examples = denoiser.patcher, record.copy(), examples
+        self.device = denoiser.device
         ranges = mode.ranges
         self.num_buckets = ranges.num_buckets
         self.layers = {}
@@ -74,11 +75,13 @@ class HostStudent:
         options = self.patcher.model_options["transformer_options"]
         self.options = {k: v for k, v in options.items() if k != OPTION}
         self.options["wrappers"] = self.patcher.wrappers
-        self.train = [i for i in range(len(record.calls)) if (i + 1) % HELD_OUT]
-        digest = hashlib.sha256()
-        for _, _, output in record.calls:
-            digest.update(output.numpy().tobytes())
-        self.examples = digest.hexdigest()
+        self.train, _ = _divided(record)
+        digest = hashlib.sha256(denoiser.fingerprint.encode())
+        for name, layer in self.layers.items():
+            digest.update(f"{name}{layer.steps is not None}".encode())
+            if layer.ranges is not None:
+                digest.update(layer.ranges.cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -129,7 +132,9 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
     folder = run_folder(name)
     with training_copy(patcher, config.precision) as denoiser:
         floats = _float_weights(reference, mode) if config.weight_learning_rate else None
-        student = HostStudent(denoiser, mode, record, floats)
+        examples = repr((samples.key(), asdict(how), identity_of(reference)))
+        student = HostStudent(denoiser, mode, record, floats,
+                              hashlib.sha256(examples.encode()).hexdigest())
         trainer = QatTrainer(student, config, folder)
         message = trainer.run(_Watcher(config.steps, node_id))
         learnt = {n: layer.export() for n, layer in student.layers.items()}
@@ -170,7 +175,8 @@ def _recorded(reference, samples: Samples) -> ForwardRecord:
     if quantized_model(reference) is not None:
         raise QuantTuneError("The reference is a quantized MODEL; connect the float one, which the "
                              "integers are to learn from.")
-    record = ForwardRecord(1, len(samples) * samples.forwards)
+    # Some samplers run the model more than once a step.
+    record = ForwardRecord(1, 2**31)
     bar = comfy.utils.ProgressBar(len(samples))
     with record.recording(reference.model.diffusion_model):
         for index in range(len(samples)):
@@ -182,16 +188,29 @@ def _recorded(reference, samples: Samples) -> ForwardRecord:
     return record
 
 
+def _divided(record: ForwardRecord) -> tuple[list[int], list[int]]:
+    """Forwards to train on, and those that are held out: at random, over all noise levels."""
+    count = len(record.calls)
+    if count < 2:
+        raise QuantTuneError("There are fewer than two forwards of the float model, one to learn "
+                             "from and one to judge by; use more samples.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    held = max(1, count // HELD_OUT)
+    return sorted(order[held:]), sorted(order[:held])
+
+
 def _error_of(record: ForwardRecord, patcher) -> float:
     """Of a MODEL, on the forwards that are held out."""
     held = ForwardRecord(1, 0)
-    held.calls = [c for i, c in enumerate(record.calls) if not (i + 1) % HELD_OUT] or record.calls
+    held.calls = [record.calls[i] for i in _divided(record)[1]]
     comfy.model_management.load_models_gpu([patcher])
     try:
         return held.error(patcher)
+    except (torch.OutOfMemoryError, QuantTuneError):
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise QuantTuneError(f"The reference is of another architecture than the MODEL ({reason}); "
+        raise QuantTuneError(f"The MODEL cannot run on what the reference ran on ({reason}); "
                              "connect the float model that was quantized.") from error
 
 

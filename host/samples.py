@@ -39,6 +39,12 @@ class Samples:
         if not bool(torch.isfinite(self.latent).all()):
             raise QuantTuneError("The connected latents hold NaN or infinite values; check what "
                                  "makes them.")
+        if how.sampler not in comfy.samplers.KSampler.SAMPLERS:
+            raise QuantTuneError(f"There is no sampler '{how.sampler}'; choose one of the "
+                                 "KSampler's.")
+        if self.latent.dim() < 4:
+            raise QuantTuneError(f"The latents have shape {list(self.latent.shape)}; connect "
+                                 "'Empty Latent Image' or 'VAE Encode'.")
         self.positive = [[entry] for entry in positive]
         self.negative = list(negative) or [[torch.zeros_like(positive[0][0]), positive[0][1]]]
         self.generates = not bool(torch.count_nonzero(self.latent))
@@ -49,8 +55,21 @@ class Samples:
     def run(self, patcher, index: int, callback=None) -> None:
         """Run sample ``index``; the host's interrupt comes through as its own exception.
 
-        ``callback`` is the host's: step, estimate of the clean latent, noisy latent, steps.
+        ``callback`` is the host's: step, estimate of the clean latent, noisy latent, steps. Raises
+        QuantTuneError when latents or conditioning do not fit the model.
         """
+        try:
+            self._run(patcher, index, callback)
+        except (torch.OutOfMemoryError, QuantTuneError):
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise QuantTuneError(
+                f"The model cannot run on these latents of shape {list(self.latent.shape)} and "
+                f"this conditioning ({reason}); connect what was made for this model."
+            ) from error
+
+    def _run(self, patcher, index: int, callback) -> None:
         how, seed = self.how, self.how.seed + index
         positive = self.positive[index % len(self.positive)]
         if self.generates:
@@ -77,11 +96,25 @@ class Samples:
 
     def key(self) -> list:
         """What a state has to agree with."""
-        digest = hashlib.sha256(self.latent.contiguous().float().cpu().numpy().tobytes())
-        for entries in (*self.positive, self.negative):
-            for entry in entries:
-                digest.update(entry[0].float().cpu().numpy().tobytes())
+        digest = hashlib.sha256()
+        _update(digest, [self.latent, self.positive, self.negative])
         return [digest.hexdigest(), list(self.latent.shape)]
+
+
+def _update(digest, value) -> None:
+    """Add everything in nested sequences and mappings to a digest."""
+    if isinstance(value, torch.Tensor):
+        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(repr(key).encode())
+            _update(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _update(digest, entry)
+    elif isinstance(value, (str, int, float, bool)):
+        digest.update(repr(value).encode())
 
 
 def conditioning_of(clip, prompts: str, positive, negative) -> tuple[list, list]:

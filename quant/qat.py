@@ -97,13 +97,19 @@ class FakeQuantLayer(nn.Module):
         buckets: of the samples in the next forward.
     """
 
-    def __init__(self, qweight: QuantizedWeight, conv: ConvGeometry | None,
-                 ranges: Tensor | None = None, weight: Tensor | None = None):
+    def __init__(
+        self,
+        qweight: QuantizedWeight,
+        conv: ConvGeometry | None,
+        ranges: Tensor | None = None,
+        weight: Tensor | None = None,
+    ):
         super().__init__()
         if weight is not None and tuple(weight.shape) != qweight.shape:
             raise QuantTuneError(
                 f"A float weight of shape {list(weight.shape)} does not belong to integers of "
-                f"shape {list(qweight.shape)}; use the model that was quantized.")
+                f"shape {list(qweight.shape)}; use the model that was quantized."
+            )
         # Clones: autograd does not take tensors that were made in inference mode.
         qweight = replace(
             qweight, scale=qweight.scale.clone(), zero_point=qweight.zero_point.clone()
@@ -117,8 +123,10 @@ class FakeQuantLayer(nn.Module):
         self.ends = None if ranges is None else nn.Parameter(torch.ones_like(ranges))
         self.steps = None
         if weight is not None:
-            steps = [self._rows(weight[:, c].float(), 1 / qweight.scale[:, i])
-                     for i, c in enumerate(self.columns)]
+            steps = [
+                self._rows(weight[:, c].float(), 1 / qweight.scale[:, i])
+                for i, c in enumerate(self.columns)
+            ]
             self.steps = nn.Parameter(torch.cat(steps, 1))
 
     def _rows(self, weight: Tensor, factor: Tensor) -> Tensor:
@@ -166,8 +174,11 @@ class FakeQuantLayer(nn.Module):
         """
         total = None
         for part, columns in enumerate(self.columns):
-            own = x if len(self.columns) == 1 else (
-                x[..., columns] if self.conv is None else x[:, columns])
+            own = (
+                x
+                if len(self.columns) == 1
+                else (x[..., columns] if self.conv is None else x[:, columns])
+            )
             own = quantize_activation(own, *self.range_of(part, own))
             weight = self.weight_of(part).to(x.dtype)
             if self.conv is None:
@@ -191,8 +202,9 @@ class FakeQuantLayer(nn.Module):
             for part, columns in enumerate(self.columns):
                 ratio = self._ratio()[:, part].view(shape)
                 low, high = self._limits(part)
-                q = torch.minimum(torch.maximum((self.steps[:, columns] / ratio).round(), low),
-                                  high)
+                q = torch.minimum(
+                    torch.maximum((self.steps[:, columns] / ratio).round(), low), high
+                )
                 codes.append((q - low).to(torch.uint8))
             whole = torch.cat(codes, 1).flatten(1).cpu()
             qweight = replace(qweight, packed=pack(whole, qweight.bits))

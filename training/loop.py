@@ -137,12 +137,12 @@ class TrainingLoop(ABC):
         if not math.isfinite(loss):
             raise QuantTuneError(
                 f"The loss of step {self.step + 1} is {loss}; the run keeps its state of step "
-                f"{self._saved}. Lower the learning rate and resume, or train from the start.")
+                f"{self._saved}. Start it anew with a lower learning rate.")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf))
         if not math.isfinite(norm):
             raise QuantTuneError(
                 f"The gradient of step {self.step + 1} is not finite; the run keeps its state of "
-                f"step {self._saved}. Lower the learning rate and resume, or use precision fp32.")
+                f"step {self._saved}. Start it anew with a lower learning rate, or precision fp32.")
         return norm
 
     def mean(self, total: Tensor, parameters: Sequence[Tensor], device: torch.device) -> float:
@@ -167,10 +167,18 @@ class TrainingLoop(ABC):
         state = load_state(self.folder)
         if state is None:
             return
-        check_same(self.folder, state, self.origin())
-        self.load(state)
-        self.step = self._saved = state["step"]
-        self.history = [StepRecord(*row) for row in state["history"]]
+        try:
+            check_same(self.folder, state, self.origin())
+            history = [StepRecord(*row) for row in state["history"]]
+            self.step = self._saved = int(state["step"])
+            self.load(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, QuantTuneError):
+                raise
+            raise QuantTuneError(
+                f"The training state in {self.folder} is damaged ({type(error).__name__}); delete "
+                "it to start the training anew.") from error
+        self.history = history
 
     def save(self) -> str:
         """Save the state; returns what went wrong, or ""."""

@@ -169,6 +169,6 @@ class QatTrainer(TrainingLoop):
     def load(self, state: dict) -> None:
         """See `TrainingLoop.load`."""
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"]):
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])

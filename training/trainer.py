@@ -280,7 +280,7 @@ class ScaleTrainer(TrainingLoop):
     def load(self, state: dict) -> None:
         """See `TrainingLoop.load`."""
         with torch.no_grad():
-            for parameter, value in zip(self.scales.parameters(), state["scales"]):
+            for parameter, value in zip(self.scales.parameters(), state["scales"], strict=True):
                 parameter.copy_(value)
         for optimizer, value in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(value)

@@ -47,14 +47,16 @@ class RangeObserver:
         low, high: the smallest and the largest value, 0 included.
         width: of a bin; 0 before the first value other than 0.
         counts: int64 ``[BINS]``.
+        tensors: how many it was shown.
     """
 
     def __init__(self):
+        self.tensors = 0
         self.low = self.high = self.width = 0.0
         self.counts = torch.zeros(BINS, dtype=torch.int64)
 
     def observe(self, values: Tensor) -> None:
-        """Count a tensor of any shape; of a large one, `SAMPLED` values at regular distances.
+        """Count a tensor of any shape; of a large one, `SAMPLED` values drawn at random.
 
         Raises:
             QuantTuneError: NaN or infinite values.
@@ -67,8 +69,11 @@ class RangeObserver:
         self._grow(max(-low, high))
         flat = values.detach().flatten()
         if flat.numel() > SAMPLED:
-            # An odd distance, so that it does not fall on the same channels again and again.
-            flat = flat[:: math.ceil(flat.numel() / SAMPLED) | 1]
+            # At random: any regular distance shares factors with some number of channels.
+            generator = torch.Generator().manual_seed(self.tensors)
+            chosen = torch.randint(flat.numel(), (SAMPLED,), generator=generator)
+            flat = flat[chosen.to(flat.device)]
+        self.tensors += 1
         if self.width:
             places = (flat.float() / self.width).floor_().add_(BINS // 2).clamp_(0, BINS - 1)
             self.counts += torch.bincount(places.long(), minlength=BINS).cpu()
@@ -144,7 +149,7 @@ class RangeObserver:
 
     def state(self) -> dict:
         """What `restore` takes, as numbers and a tensor."""
-        ends = {"low": self.low, "high": self.high, "width": self.width}
+        ends = {"low": self.low, "high": self.high, "width": self.width, "tensors": self.tensors}
         return {**ends, "counts": self.counts.clone()}
 
     @classmethod
@@ -154,7 +159,9 @@ class RangeObserver:
         observer.low, observer.high, observer.width = (
             float(state[k]) for k in ("low", "high", "width")
         )
-        observer.counts = state["counts"].clone()
+        observer.counts, observer.tensors = state["counts"].clone(), int(state["tensors"])
+        if observer.counts.shape != (BINS,):
+            raise ValueError("not a histogram of this version")
         return observer
 
 

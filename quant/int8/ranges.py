@@ -42,7 +42,7 @@ class ActivationRanges:
             if (
                 ranges.dim() != 3
                 or ranges.dtype != torch.float32
-                or ranges.shape[0] != self.num_buckets
+                or not 0 < ranges.shape[0] == self.num_buckets
                 or ranges.shape[1] not in (1, 2)
                 or ranges.shape[2] != 2
             ):
@@ -52,7 +52,7 @@ class ActivationRanges:
                 )
             low, high = ranges.unbind(-1)
             # NaN fails both comparisons.
-            if not bool(ranges.isfinite().all() & (low <= 0).all() & (high >= 0).all()):
+            if not bool((high - low).isfinite().all() & (low <= 0).all() & (high >= 0).all()):
                 raise QuantTuneError(
                     f"An activation range of layer {name} is not finite or does not contain 0."
                 )

@@ -243,6 +243,65 @@ def test_a_damaged_state_is_done_again(tmp_path, monkeypatch):
     assert ranges_of(model).layers
 
 
+@pytest.mark.parametrize("state", [
+    {}, {"done": "x", "observers": None, "weights": {}},
+    {"done": 1, "observers": {}, "weights": {}}, {"done": 1, "observers": None, "weights": {}},
+    {"done": 0, "observers": None, "weights": {"a": {}}},
+])
+def test_a_state_of_wrong_content_is_done_again(state, tmp_path, monkeypatch):
+    import folder_paths
+
+    from quanttune.host import calibrate as module
+    from quanttune.training.state import save_state
+
+    folder_paths.set_output_directory(str(tmp_path))
+    source, key = models.small_model(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "forget", lambda self: key.append(self.folder))
+        clean, _ = calibrated(source)
+    save_state(key[0], state)
+    model, _ = calibrated(source)
+    for name, ranges in ranges_of(clean).layers.items():
+        assert torch.equal(ranges, ranges_of(model).layers[name])
+
+
+def test_what_changes_the_observations_changes_the_state(tmp_path):
+    from quanttune.host.calibrate import Calibration, identity_of
+    from quanttune.host.samples import Samples
+
+    source = models.small_model()
+    other = source.clone()
+    sampling = source.model.model_sampling
+    changed = type(sampling)(source.model.model_config)
+    changed.set_sigmas(sampling.sigmas * 2)
+    other.add_object_patch("model_sampling", changed)
+    assert identity_of(other) != identity_of(source)
+    keys = set()
+    for pooled in (0.0, 5.0):
+        entry = [torch.zeros(1, 7, 24), {"pooled_output": torch.full((1, 8), pooled)}]
+        samples = Samples({"samples": torch.zeros(1, 4, 8, 8)}, [entry], (), Calibration())
+        keys.add(repr(samples.key()))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 16, 16), (4, 16, 16), (1, 3, 16, 16)])
+@pytest.mark.parametrize("fill", [0.0, 0.5])
+def test_latents_of_another_shape(shape, fill):
+    if fill == 0.0 and shape[:2] == (1, 3):
+        calibrated(models.small_model(), torch.full(shape, fill))  # the host fills in channels
+        return
+    with pytest.raises(QuantTuneError, match="shape"):
+        calibrated(models.small_model(), torch.full(shape, fill))
+
+
+def test_conditioning_of_another_width():
+    from quanttune.host.calibrate import Calibration, calibrate
+
+    with pytest.raises(QuantTuneError, match="conditioning"):
+        calibrate(models.small_model(), {"samples": torch.zeros(1, 4, 16, 16)},
+                  [[torch.zeros(1, 7, 33), {}]], (), Calibration(**FEW))
+
+
 def test_a_lora_is_part_of_what_is_observed():
     source = models.small_model()
     patched = with_lora(source, lora_file(source))
@@ -303,5 +362,7 @@ def test_refusals():
                   {"percentile": 20.0}):
         with pytest.raises(QuantTuneError):
             Calibration(**wrong)
+    with pytest.raises(QuantTuneError, match="no sampler 'nope'"):
+        calibrated(source, sampler="nope")
     with pytest.raises(QuantTuneError, match="layers is"):
         calibrated(source, layers="some")

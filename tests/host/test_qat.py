@@ -16,7 +16,7 @@ from quanttune.tests.host.test_dynamic_int8 import (  # noqa: F401
 )
 from quanttune.tests.host.test_lora import lora_file, with_lora
 
-HOW = {"samples": 8, "steps": 2, "seed": 50}
+HOW = {"samples": 16, "steps": 4, "seed": 50}
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +46,12 @@ def errors(report):
 
 
 @pytest.mark.parametrize("settings", [
-    {"steps": 15, "learning_rate": 5e-3, "weight_learning_rate": 5e-2},
-    {"steps": 15, "learning_rate": 1e-2, "weight_learning_rate": 0.0},
+    {"steps": 20, "learning_rate": 2e-3, "weight_learning_rate": 2e-2},
+    {"steps": 20, "learning_rate": 5e-3, "weight_learning_rate": 0.0},
 ], ids=["weights", "scales"])
 def test_the_error_goes_down_with_true_integers(settings):
     source = models.small_model()
-    model, _ = calibrated(source, bits=3)
+    model, _ = calibrated(source, bits=3, samples=8, steps=4)
     outcome = train(model, source, checkpointing=False, **settings)
     before, after = errors(outcome.report)
     assert after < 0.95 * before and outcome.finished
@@ -137,6 +137,46 @@ def test_stopped_and_resumed_it_is_the_same(monkeypatch, output_folder):
     assert a == b, "the same losses to the last digit"
     assert models.quantized_model(whole.model).fingerprint == models.quantized_model(
         resumed.model).fingerprint
+
+
+def test_another_calibration_does_not_go_on_with_a_run():
+    source = models.small_model()
+    model, _ = calibrated(source, bits=4)
+    train(model, source, "r", steps=2)
+    for settings in ({"timestep_buckets": 2}, {"estimator": "minmax"},
+                     {"dynamic_cross_attention": False}):
+        other, _ = calibrated(source, bits=4, **settings)
+        with pytest.raises(QuantTuneError, match="another base model"):
+            train(other, source, "r", steps=2)
+
+
+def test_a_damaged_state_says_so(output_folder):
+    from quanttune.training.state import FILE, load_state, save_state
+
+    source = models.small_model()
+    model, _ = calibrated(source, bits=4)
+    train(model, source, "r", steps=2)
+    folder = output_folder / "quanttune_runs" / "r"
+    good = load_state(folder)
+    for change in ({"parameters": good["parameters"][:1]}, {"step": None}, {"history": [[1]]},
+                   {"origin": []}):
+        save_state(folder, {**good, **change})
+        with pytest.raises(QuantTuneError, match="damaged.*delete it"):
+            train(model, source, "r", steps=2)
+    assert (folder / FILE).exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 160])
+def test_what_is_held_out_is_never_trained_on_and_spread(count):
+    from quanttune.host import qat
+    from quanttune.host.observe import ForwardRecord
+
+    record = ForwardRecord(1, count)
+    record.calls = [None] * count
+    train, held = qat._divided(record)
+    assert sorted(train + held) == list(range(count)) and len(held) == max(1, count // 8)
+    if count == 160:
+        assert len({i % 8 for i in held}) > 4, "every step of the sampler is judged"
 
 
 def test_saved_and_loaded(output_folder):

@@ -35,6 +35,14 @@ def test_minmax_holds_everything_and_zero():
     assert observed(torch.tensor([-2.0, -3.0])).range(RangeEstimator.MINMAX) == (-3.0, 0.0)
 
 
+@pytest.mark.parametrize("shape", [(1, 256, 1280), (1, 1024, 960), (2, 500, 1536)])
+def test_no_channel_is_skipped_in_a_large_tensor(shape):
+    x = draw(0, *shape)
+    x[..., 7] *= 40
+    low, high = observed(x).range(RangeEstimator.MSE)
+    assert low < -40 and high > 40, "the channel of large values counts"
+
+
 def test_growing_loses_nothing_and_the_order_does_not_matter():
     tensors = [draw(i, 500) * 10.0**i for i in (-3, 0, 2)]
     up, down = observed(*tensors), observed(*tensors[::-1])

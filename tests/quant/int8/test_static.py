@@ -43,7 +43,8 @@ def test_samples_of_several_buckets_share_the_range_that_holds_all():
 
 
 @pytest.mark.parametrize("bad", [
-    torch.zeros(2, 1), torch.zeros(2, 3, 2), torch.zeros(1, 1, 2).double(),
+    torch.zeros(0, 1, 2), torch.tensor([[[-3e38, 3e38]]]), torch.zeros(2, 1),
+    torch.zeros(2, 3, 2), torch.zeros(1, 1, 2).double(),
     torch.tensor([[[0.5, 1.0]]]), torch.tensor([[[-1.0, float("nan")]]]),
     torch.tensor([[[-float("inf"), 1.0]]]),
 ])
