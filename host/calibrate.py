@@ -24,7 +24,7 @@ from ..quant.int8 import ActivationRanges, RangeEstimator
 from ..quant.spec import check_bits
 from ..training.state import load_state, save_state
 from .build import ATTACHMENT, QuantizedModel, quantized_model
-from .dynamic_int8 import CALIBRATED, compute_dtype, dynamic_int8, kept_layers
+from .dynamic_int8 import CALIBRATED, SPEC, compute_dtype, dynamic_int8, kept_layers
 from .int8 import OPTION
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
@@ -69,7 +69,7 @@ class Calibration:
     samples: int = 100
     estimator: RangeEstimator = RangeEstimator.MSE
     percentile: float = 99.9
-    timestep_buckets: int = 1
+    timestep_buckets: int = 4
     dynamic_cross_attention: bool = True
     bits: int = 8
     rounding: str = NEAREST
@@ -94,6 +94,13 @@ class Calibration:
         if self.rounding not in ROUNDINGS:
             raise QuantTuneError(f"The rounding is '{self.rounding}'; it has to be one of "
                                  f"{', '.join(ROUNDINGS)}.")
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the weights of a float MODEL are quantized."""
+        if self.bits == 8:
+            return SPEC
+        return QuantSpec(self.bits, range="mse")
 
 
 def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = (),
@@ -134,11 +141,9 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     ranges = _ranges(run.watch, how)
     lines = [_found_on(samples, how, len(ranges.layers), len(modules))]
     if own is None:
-        spec = QuantSpec(how.bits, symmetric=how.bits == 8,
-                         range="minmax" if how.bits == 8 else "mse")
         dtype = compute_dtype(how.precision, comfy.model_management.get_torch_device())
         quantized, report = quantize_model(
-            patcher, spec, kept, name, dtypes=None if dtype is None else (dtype, None),
+            patcher, how.spec, kept, name, dtypes=None if dtype is None else (dtype, None),
             rounded=rounded)
         lines.append(str(report))
     else:
@@ -238,9 +243,6 @@ class _Run:
 
     def weights(self, modules: dict, kept) -> dict[str, QuantizedWeight]:
         """Weights rounded with error feedback, as many layers a pass as `MOMENT_BYTES` hold."""
-        how = self.how
-        spec = QuantSpec(how.bits, symmetric=how.bits == 8,
-                         range="minmax" if how.bits == 8 else "mse")
         splits = shortcut_splits({n: tuple(m.weight.shape) for n, m in modules.items()})
         originals = self.patcher.get_key_patches("diffusion_model.")
         device, budget = _moments_at()
@@ -264,7 +266,7 @@ class _Run:
                     moments = self.watch.moments.pop(name)
                     if not moments.count:
                         continue  # a layer that this model never calls is rounded to nearest
-                    done[name] = gptq_quantize(convert(weight).float(), moments, spec,
+                    done[name] = gptq_quantize(convert(weight).float(), moments, self.how.spec,
                                                splits.get(name))
                     self.state["weights"][name] = _packed(done[name])
             finally:

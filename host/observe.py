@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -155,11 +155,15 @@ class ForwardRecord:
         """Of a kept call."""
         return timesteps_of(*self.calls[index][:2])
 
-    def error(self, patcher) -> float:
-        """Relative difference of the outputs of the MODEL ``patcher`` (loaded) from the kept."""
+    def error(self, patcher, indices: Sequence[int] | None = None) -> float:
+        """Relative difference of the outputs of the MODEL ``patcher`` (loaded) from the kept.
+
+        ``indices`` are the calls to compare; None for all.
+        """
         options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
         squared = norm = 0.0
-        for index, (_, _, output) in enumerate(self.calls):
+        for index in range(len(self.calls)) if indices is None else indices:
+            output = self.calls[index][2]
             again = self.again(index, patcher, options)
             squared += float((again.float().cpu() - output).square().sum())
             norm += float(output.square().sum())

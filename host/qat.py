@@ -201,11 +201,9 @@ def _divided(record: ForwardRecord) -> tuple[list[int], list[int]]:
 
 def _error_of(record: ForwardRecord, patcher) -> float:
     """Of a MODEL, on the forwards that are held out."""
-    held = ForwardRecord(1, 0)
-    held.calls = [record.calls[i] for i in _divided(record)[1]]
     comfy.model_management.load_models_gpu([patcher])
     try:
-        return held.error(patcher)
+        return record.error(patcher, _divided(record)[1])
     except (torch.OutOfMemoryError, QuantTuneError):
         raise
     except RuntimeError as error:

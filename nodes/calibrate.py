@@ -1,12 +1,12 @@
 """Calibrate INT8."""
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..host.calibrate import ROUNDINGS, Calibration, calibrate
 from ..host.dynamic_int8 import LAYERS, PRECISIONS
 from ..host.samples import conditioning_of
 from ..quant.int8 import RangeEstimator
+from .sampler_inputs import sampler_inputs
 
 
 class CalibrateInt8(io.ComfyNode):
@@ -60,16 +60,7 @@ class CalibrateInt8(io.ComfyNode):
                                tooltip="Of those weights: 'gptq' makes up for each rounding error "
                                        "by the weights that follow; about half the error at 4 and "
                                        "3 bits, and slow on large models without a GPU."),
-                io.Int.Input("steps", default=20, min=1, max=10000,
-                             tooltip="As in the KSampler that will use the model."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="As in the KSampler that will use the model."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
-                               default="euler",
-                               tooltip="As in the KSampler that will use the model."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
-                               default="normal",
-                               tooltip="As in the KSampler that will use the model."),
+                *sampler_inputs(),
                 io.Int.Input("seed", default=0, min=0, max=2**53 - 1,
                              control_after_generate=False,
                              tooltip="Of the first picture's noise; the next ones count on."),

@@ -1,6 +1,5 @@
 """Train QAT."""
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..host.calibrate import Calibration
@@ -9,6 +8,7 @@ from ..host.qat import train_qat
 from ..host.samples import conditioning_of
 from ..host.train import forget_run, run_state
 from ..training.qat import QatTraining
+from .sampler_inputs import sampler_inputs
 from .train_scales import ANEW, CONTINUE
 
 
@@ -65,16 +65,7 @@ class TrainQat(io.ComfyNode):
                                tooltip="Of the weights, in steps of their integers. 0 leaves the "
                                        "integers and trains step sizes and ranges alone, at a "
                                        "small part of the memory."),
-                io.Int.Input("steps", default=20, min=1, max=10000,
-                             tooltip="As in the KSampler that will use the model."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="As in the KSampler that will use the model."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
-                               default="euler",
-                               tooltip="As in the KSampler that will use the model."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
-                               default="normal",
-                               tooltip="As in the KSampler that will use the model."),
+                *sampler_inputs(),
                 io.Int.Input("seed", default=1000, min=0, max=2**53 - 1,
                              control_after_generate=False,
                              tooltip="Of the noise and the order. Another one than in 'Calibrate "
