@@ -78,16 +78,15 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
                 "choose 'all', or a base that was quantized without keeping those layers in float.")
     modules = scaled_layers(quantized.model.diffusion_model)
     found = {layer: backend_for(modules[layer], device) for layer in sorted(chosen)}
-    backend = next((b for b, _ in found.values() if b is not None), None)
+    taken = sum(b is not None for b, _ in found.values())
     options = quantized.model_options["transformer_options"]
-    if backend is None:
+    if not taken:
         _, refused = next(iter(found.values()))
         reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items()) or "none is known"
         lines.append(f"Integer products are not available on {device} ({reasons}): the model "
                      "computes in float with its integer weights, which saves memory but no time.")
         logging.warning(lines[-1])
     else:
-        taken = sum(b is not None for b, _ in found.values())
         static = quantized_model(quantized).checkpoint.ranges if ranges == CALIBRATED else None
         options[OPTION] = Int8Mode(
             frozenset(chosen), None if granularity == "auto" else Granularity(granularity),
@@ -95,7 +94,7 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         with_ranges = "" if static is None else (
             f", {len(chosen & static.layers.keys())} of them with calibrated ranges")
         lines.append(f"{taken} of {len(modules)} layers multiply integers{with_ranges}. "
-                     f"{int8_speed.describe(backend, _computes_in(quantized, dtype))}")
+                     f"{int8_speed.describe(device, _computes_in(quantized, dtype))}")
     if fast_attention and _slow_attention(device, options):
         options["optimized_attention_override"] = use_pytorch_attention
         lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")

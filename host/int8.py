@@ -56,47 +56,46 @@ class _Ready:
         return self.layer(x, self.bias, scales)
 
 
-class _State:
-    """What a diffusion model keeps for its integer products, whichever clones use them."""
-
-    def __init__(self):
-        self.ready: dict[str, tuple[tuple, _Ready | None]] = {}
-        self.shared: defaultdict[str, SharedActivation] = defaultdict(SharedActivation)
-
-
-def prepare(diffusion_model, layers: dict, mode: Int8Mode | None,
+def prepare(diffusion_model, layers: dict, mode: Int8Mode | None, device: torch.device,
             buckets: tuple[int, ...] = ()) -> None:
     """Give each of ``layers`` what its next forward needs, or None for the ordinary path.
 
-    ``buckets`` are those of the samples, for static ranges. Weights are brought into the backend's
-    form once and kept, whatever clones do. Called outside of compiled code, at the start of each
-    forward.
+    Weights are brought into the backend's form once and kept, whatever clones do, until the host
+    moves them. Called outside of compiled code, at the start of each forward.
+
+    Args:
+        device: of the activations. Weights that wait elsewhere for their turn (a model larger than
+            the card's memory) take the ordinary path, for which the host fetches them.
+        buckets: those of the samples, for static ranges.
     """
-    state = diffusion_model.__dict__.get("quanttune_int8")
-    if mode is None and state is None:
+    shared = diffusion_model.__dict__.get("quanttune_int8")
+    if mode is None and shared is None:
         return
-    if state is None:
-        state = diffusion_model.__dict__["quanttune_int8"] = _State()
-    for shared in state.shared.values():
-        shared.forget()
-    static = mode.ranges.select(buckets) if mode is not None and mode.ranges is not None else {}
+    if shared is None:
+        shared = diffusion_model.__dict__["quanttune_int8"] = defaultdict(SharedActivation)
+    for activation in shared.values():
+        activation.forget()
+    ranges = None if mode is None else mode.ranges
+    static = {} if ranges is None else ranges.select(buckets, device)
     for name, module in layers.items():
-        wanted = mode is not None and name in mode.layers
-        module.int8 = _ready(state, name, module, mode) if wanted else None
+        wanted = mode is not None and name in mode.layers and module.weight.device == device
+        module.int8 = _ready(shared, name, module, mode) if wanted else None
         if module.int8 is not None:
             module.int8.layer.static = static.get(name)
 
 
-def _ready(state: _State, name: str, module, mode: Int8Mode) -> _Ready | None:
+def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:
     source = (module.weight, *module.weight_function, module.bias, *module.bias_function,
               mode.granularity)
-    known = state.ready.get(name)
+    known = module.int8_ready
     if known is None or not _same(known[0], source):
+        # First what was there, so that a card need not hold both.
+        module.int8 = module.int8_ready = None
         ready = _make(module, mode)
         parent, _, role = name.rpartition(".")
         if ready is not None and role in ("to_q", "to_k", "to_v"):
-            ready.layer.shared = state.shared[parent]
-        known = state.ready[name] = (source, ready)
+            ready.layer.shared = shared[parent]
+        known = module.int8_ready = (source, ready)
     return known[1]
 
 

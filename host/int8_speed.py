@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..quant import QuantizedWeight, QuantSpec
-from ..quant.int8 import Backend, ConvGeometry, Int8Layer
+from ..quant.int8 import BACKENDS, ConvGeometry, Int8Layer, choose
 
 ROUNDS = 3
 CASES = {
@@ -20,15 +20,16 @@ CASES = {
 
 
 @functools.cache
-def gains(backend: Backend, dtype: torch.dtype) -> dict[str, dict[torch.dtype, float]]:
+def gains(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict]]:
     """Time in float over time in integers, quantizing the activation included.
 
     Args:
-        backend: of the processor.
+        device: where models compute.
         dtype: what the model computes in elsewhere.
 
     Returns:
-        For "convolution" and "Linear": float dtype (``dtype`` and float32) to ratio.
+        For "convolution" and "Linear", if they can be had here: the name of the backend, and float
+        dtype (``dtype`` and float32) to ratio.
     """
     found = {}
     with torch.inference_mode():
@@ -36,23 +37,30 @@ def gains(backend: Backend, dtype: torch.dtype) -> dict[str, dict[torch.dtype, f
             generator = torch.Generator().manual_seed(0)
             x, weight = (torch.randn(s, generator=generator) for s in (inputs, shape))
             conv = None if len(shape) == 2 else ConvGeometry((3, 3), (1, 1), (1, 1))
+            backend, _ = choose(BACKENDS, device, conv, (shape[1], shape[0]))
+            if backend is None:
+                continue
+            x, weight = x.to(device), weight.to(device)
             packed = QuantizedWeight.quantize(weight, QuantSpec(8, symmetric=True))
             ways = {"int8": _integers(Int8Layer(packed, conv, backend), _laid_out(x, dtype))}
             for kind in dict.fromkeys((dtype, torch.float32)):
                 ways[kind] = _floats(weight, x, kind)
-            seconds = _fastest(ways)
-            found[name] = {k: seconds[k] / seconds["int8"] for k in ways if k != "int8"}
+            seconds = _fastest(ways, device)
+            found[name] = backend.name, {
+                k: seconds[k] / seconds["int8"] for k in ways if k != "int8"}
     return found
 
 
-def describe(backend: Backend, dtype: torch.dtype) -> str:
+def describe(device: torch.device, dtype: torch.dtype) -> str:
     """`gains` as a sentence."""
+    found = gains(device, dtype)
     parts = []
-    for name, ratios in gains(backend, dtype).items():
+    for name, (_, ratios) in found.items():
         against = " and ".join(f"{ratio:.1f} x {str(kind).removeprefix('torch.')}"
                                for kind, ratio in ratios.items())
         parts.append(f"a {name} runs at {against}")
-    return f"{backend.name}: {', '.join(parts)} (measured here on one layer each)"
+    backends = " and ".join(dict.fromkeys(backend for backend, _ in found.values()))
+    return f"{backends}: {', '.join(parts)} (measured here on one layer each)"
 
 
 def _laid_out(x, dtype):
@@ -72,13 +80,16 @@ def _floats(weight, x, dtype):
     return lambda: F.conv2d(x, weight, padding=1)
 
 
-def _fastest(ways: dict) -> dict:
+def _fastest(ways: dict, device: torch.device) -> dict:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = dict.fromkeys(ways, float("inf"))
     for run in ways.values():
         run()
+    wait()
     for _ in range(ROUNDS):
         for name, run in ways.items():
             start = time.perf_counter()
             run()
+            wait()
             best[name] = min(best[name], time.perf_counter() - start)
     return best

@@ -22,6 +22,8 @@ class _ScaledOp:
     active_scales = None
     int8 = None
     """``int8(input, scales)`` when this forward multiplies integers (``host.int8``)."""
+    int8_ready = None
+    """What was prepared for that from the weight where it is now, kept between forwards."""
     fake_quant = None
     """``fake_quant(input, bias)`` while a training simulates integers (``host.qat``)."""
 
@@ -87,6 +89,7 @@ class _ScaledOp:
                 moved = moved.clone()
             elif moved is value:
                 continue
+            self.int8 = self.int8_ready = None
             # A model made outside inference mode may be moved inside it, and the other way round.
             with torch.inference_mode(moved.is_inference()):
                 self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)

@@ -57,10 +57,11 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
                 f"A {type(module).__name__} model is not told the timestep in a way that scales "
                 "and calibrated ranges can follow; remove 'Apply TuneQDM Scales', or use 'Dynamic "
                 "INT8' with dynamic ranges.")
+        device = next(module.parameters()).device if timesteps is None else timesteps.device
         buckets = ()
         if mode is not None and mode.ranges is not None:
             buckets = buckets_of(timesteps, mode.model.model_sampling, mode.ranges.num_buckets)
-        int8.prepare(module, _layers_of(module), mode, buckets)
+        int8.prepare(module, _layers_of(module), mode, device, buckets)
         apply_scales(module, None if router is None else router.resolve(timesteps))
 
     diffusion_model.register_forward_pre_hook(route, with_kwargs=True)

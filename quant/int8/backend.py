@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .activation import Granularity, QuantizedActivation
+from .activation import Granularity, QuantizedActivation, quantize_tensor, quantize_tokens
 from .weight import Int8Weight
 
 
@@ -24,7 +24,12 @@ class ConvGeometry:
 
 
 class Prepared(Protocol):
-    """A weight in whatever form a backend's product wants it."""
+    """A weight in whatever form a backend's product wants it.
+
+    One may have a method ``fused(x, out_scale, bias, dtype)``, too, which does the same to float
+    tokens ``[tokens, in]`` and quantizes them by itself, a scale a token; `Int8Layer` prefers it
+    where it can.
+    """
 
     def __call__(
         self, x: QuantizedActivation, out_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -32,7 +37,8 @@ class Prepared(Protocol):
         """``x_scale * out_scale * sum((q - zero_point) * values) + bias``.
 
         Args:
-            x: ``[tokens, in]``, or ``[batch, height, width, in]`` for a convolution.
+            x: ``[tokens, in]``, or ``[batch, height, width, in]`` for a convolution; uint8 or
+                int8 with a zero point to match.
             out_scale: ``[out]`` float32.
             bias: ``[out]`` or None.
             dtype: of the result.
@@ -64,6 +70,19 @@ class Backend(Protocol):
 
     def prepare(self, weight: Int8Weight, conv: ConvGeometry | None) -> Prepared:
         """Bring a weight into the backend's form."""
+
+    def quantize_tensor(self, x: Tensor, s_in: Tensor | None = None, qparams=None):
+        """As `activation.quantize_tensor`."""
+
+    def quantize_tokens(self, x: Tensor, s_in: Tensor | None = None) -> QuantizedActivation:
+        """As `activation.quantize_tokens`."""
+
+
+class PlainQuantizers:
+    """The quantizers of `activation`, for backends that have none of their own."""
+
+    quantize_tensor = staticmethod(quantize_tensor)
+    quantize_tokens = staticmethod(quantize_tokens)
 
 
 def choose(

@@ -13,7 +13,7 @@ from ..functional import multiply, per_sample
 from ..scales import LayerScales
 from ..weight import QuantizedWeight
 from . import op
-from .activation import Granularity, QuantizedActivation, quantize_tensor, quantize_tokens
+from .activation import Granularity, QuantizedActivation
 from .backend import Backend, ConvGeometry
 from .ranges import Qparams
 from .weight import Int8Weight
@@ -78,7 +78,7 @@ class Int8Layer:
                 "A grouped convolution cannot have its input channels split for quantization; "
                 "quantize this layer without a split."
             )
-        self.conv = conv
+        self.conv, self.backend = conv, backend
         self.shared: SharedActivation | None = None
         self.static: Qparams | None = None
         # One row of scales would have to follow each pixel through the window of a convolution.
@@ -111,6 +111,8 @@ class Int8Layer:
             s_in = scales.s_in
         one_expert = r_out is None or r_out[0].shape[0] == 1
         folds = one_expert and len(self.parts) == 1 and self.parts[0].offset is None
+        if folds and s_in is None and self._fuses():
+            return self._fused(x, r_out, bias)
         total = None
         for index, part in enumerate(self.parts):
             q = self._quantize(x, s_in, index)
@@ -124,12 +126,27 @@ class Int8Layer:
             total = y if total is None else total + y
         return total if folds or bias is None else total + bias.to(total.dtype)
 
+    def _fuses(self) -> bool:
+        return (
+            self.static is None
+            and self.granularity is Granularity.TOKEN
+            and hasattr(self.parts[0].prepared, "fused")
+            and not torch.compiler.is_compiling()
+        )
+
+    def _fused(self, x: Tensor, r_out, bias: Tensor | None) -> Tensor:
+        (part,) = self.parts
+        out_scale = part.scale if r_out is None else part.scale * r_out[0][0]
+        y = part.prepared.fused(x.reshape(-1, x.shape[-1]), out_scale, bias, x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
     def _quantize(self, x: Tensor, s_in: Tensor | None, part: int) -> QuantizedActivation:
         """``x * s_in`` in 8 bits, as tokens ``[n, in]`` or as images, channels last."""
         qparams = None if self.static is None else self.static[part]
         columns = self.parts[part].columns
         shares = self.shared is not None and s_in is None and not torch.compiler.is_compiling()
-        how = (self.granularity if qparams is None else tuple(map(float, qparams))) if shares else 0
+        # Equal ranges are one object (`ranges.ActivationRanges.select`).
+        how = (self.granularity if qparams is None else id(qparams)) if shares else None
         known = self.shared.get(x, how) if shares else None
         if known is not None:
             return known
@@ -142,9 +159,9 @@ class Int8Layer:
                 s_in = s_in.expand(inputs.shape).reshape(tokens.shape)
             inputs = tokens
         if qparams is None and self.granularity is Granularity.TOKEN:
-            quantized = quantize_tokens(inputs, s_in)
+            quantized = self.backend.quantize_tokens(inputs, s_in)
         else:
-            quantized = quantize_tensor(inputs, s_in, qparams)
+            quantized = self.backend.quantize_tensor(inputs, s_in, qparams)
         if shares:
             self.shared.put(x, how, quantized)
         return quantized

@@ -18,7 +18,7 @@ from .activation import (
     quantize_tensor,
     quantize_tokens,
 )
-from .backend import ConvGeometry
+from .backend import ConvGeometry, PlainQuantizers
 from .reference import ReferenceProduct
 from .weight import Int8Weight
 
@@ -156,7 +156,7 @@ class _Conv2d:
         )
 
 
-class OneDNNBackend:
+class OneDNNBackend(PlainQuantizers):
     """See `backend.Backend`."""
 
     name = "oneDNN"

@@ -62,18 +62,25 @@ class ActivationRanges:
         """N."""
         return next(iter(self.layers.values())).shape[0]
 
-    def select(self, buckets: tuple[int, ...]) -> dict[str, Qparams]:
-        """Layer name to scale and zero point of each part.
+    def select(
+        self, buckets: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> dict[str, Qparams]:
+        """Layer name to scale and zero point of each part, on ``device``.
+
+        The same call returns the same objects, and equal ranges of several layers are one object.
 
         Args:
             buckets: those of the samples in a batch. Samples of several buckets share the range
                 that holds all of theirs.
+            device: where the activations are.
         """
-        buckets = tuple(sorted(set(buckets)))
-        known = self._known.get(buckets)
+        key = tuple(sorted(set(buckets))), torch.device(device)
+        known = self._known.get(key)
         if known is None:
-            known = self._known[buckets] = {
-                name: _qparams(ranges[list(buckets)]) for name, ranges in self.layers.items()
+            pairs: dict = {}
+            known = self._known[key] = {
+                name: _qparams(ranges[list(key[0])], key[1], pairs)
+                for name, ranges in self.layers.items()
             }
         return known
 
@@ -84,6 +91,11 @@ def bucket_of(timesteps: Tensor, num_timesteps: float, num_buckets: int) -> tupl
     return tuple(share.floor().clamp(0, num_buckets - 1).long().tolist())
 
 
-def _qparams(ranges: Tensor) -> Qparams:
-    low, high = ranges[..., 0].amin(0), ranges[..., 1].amax(0)
-    return [tensor_qparams(a, b) for a, b in zip(low, high)]
+def _qparams(ranges: Tensor, device: torch.device, pairs: dict) -> Qparams:
+    found = []
+    for low, high in zip(ranges[..., 0].amin(0), ranges[..., 1].amax(0)):
+        ends = float(low), float(high)
+        if ends not in pairs:
+            pairs[ends] = tuple(q.to(device) for q in tensor_qparams(low, high))
+        found.append(pairs[ends])
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from .activation import Granularity
-from .backend import ConvGeometry
+from .backend import ConvGeometry, PlainQuantizers
 from .weight import Int8Weight
 
 
@@ -29,7 +29,7 @@ class ReferenceProduct:
         return (y if bias is None else y + bias.double()).to(dtype)
 
 
-class ReferenceBackend:
+class ReferenceBackend(PlainQuantizers):
     """See `backend.Backend`; for tests."""
 
     name = "reference"
