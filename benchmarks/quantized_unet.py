@@ -52,14 +52,14 @@ TARGETS = {
 }
 
 
-def start_host():
-    """Import ComfyUI for the processor with its command line switched off."""
+def start_host(cpu: bool = True):
+    """Import ComfyUI, for the processor or the graphics card, with its command line off."""
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = cpu
     import comfy.sd
 
 
