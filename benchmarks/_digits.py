@@ -76,6 +76,10 @@ class DigitsDenoiser:
         """Noise levels of timesteps."""
         return self.sigmas[timesteps.long()]
 
+    def routed(self, timesteps: Tensor) -> Tensor:
+        """Shares of T."""
+        return timesteps.double() / self.num_timesteps
+
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """``clean + sigma * noise``."""
         return clean + sigma.view(-1, 1, 1, 1) * noise

@@ -198,7 +198,8 @@ class _Run:
         self.watch = ActivationWatch(patcher, splits, how.timestep_buckets)
         self.watch.rows = max(1, math.ceil(MOMENT_ROWS / (len(samples) * samples.forwards)))
         total = len(samples) * samples.forwards
-        self.record = ForwardRecord(total // CHECKED, CHECKED)
+        wanted = {int((i + 0.5) * total / CHECKED) for i in range(CHECKED)}
+        self.record = ForwardRecord(wanted.__contains__)
         self.key = hashlib.sha256(repr((
             asdict(how), samples.key(), identity_of(patcher), sorted(splits.items(), key=str),
         )).encode()).hexdigest()[:32]

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..quant import QuantTuneError
 from ..training.data import TrainingImages
-from .build import quantized_model
-from .encode import identity_of
+from .calibrate import identity_of as model_identity
+from .encode import identity_of, reader_of
 from .images import fitted
 from .pictures import SamplingSettings, sample_pictures
 
@@ -31,7 +31,7 @@ def class_images(patcher, clip, vae, prompt: str, count: int,
     if not prompt.strip():
         raise QuantTuneError("The class prompt is empty; name the kind of thing that the subject "
                              "is, such as 'a photo of a dog'.")
-    folder = _folder(patcher, vae, prompt, settings)
+    folder = _folder(patcher, clip, vae, prompt, settings)
     bar = comfy.utils.ProgressBar(count)
     pictures = []
     for index in range(count):
@@ -48,10 +48,9 @@ def class_images(patcher, clip, vae, prompt: str, count: int,
     return TrainingImages(tuple(pictures), (prompt.strip(),) * count, "", (True,) * count)
 
 
-def _folder(patcher, vae, prompt: str, settings: SamplingSettings) -> Path:
-    """A folder of its own for each model, prompt and way of sampling."""
-    quantized = quantized_model(patcher)
-    model = quantized.fingerprint if quantized else identity_of(patcher, vae)
+def _folder(patcher, clip, vae, prompt: str, settings: SamplingSettings) -> Path:
+    """A folder of its own for each model, text encoder, VAE, prompt and way of sampling."""
+    model = model_identity(patcher), reader_of(patcher, clip), identity_of(patcher, vae)
     shape = {k: v for k, v in settings.__dict__.items() if k != "seed"}
     key = hashlib.sha256(repr((model, prompt, shape, settings.seed)).encode()).hexdigest()[:16]
     words = "".join(c if c.isalnum() else "-" for c in prompt.strip())[:40].strip("-") or "class"

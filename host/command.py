@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
             raise QuantTuneError(f"The configuration {path} has no section [{name}]; add one.")
     if isinstance(config["images"], Mapping):
         config["images"] = [config["images"]]
+    if not config["images"]:
+        raise QuantTuneError(f"The configuration {path} has no [images]; add a folder of them.")
+    for name in config["output"].get("trackers", []):
+        if not isinstance(name, str):
+            raise QuantTuneError(f"The configuration {path} has {name!r} among the trackers in "
+                                 "[output]; they are texts in quotes.")
     return config
 
 
@@ -92,6 +99,9 @@ def train_scales(path: str | Path) -> int:
 
     output = config["output"]
     folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
+    target = Path(output.get("scales", folder / "scales.safetensors"))
+    for place in (folder, target.parent):
+        _make(place, path)
     with torch.inference_mode():
         model, clip, vae, name = _load(config["base"])
         images = _images(config)
@@ -105,7 +115,6 @@ def train_scales(path: str | Path) -> int:
                                accelerator)
         result = trainer.run(_Console(accelerator.is_main_process))
     if accelerator.is_main_process:
-        target = Path(output.get("scales", folder / "scales.safetensors"))
         save_scale_set(target, result.scale_set)
         done = len(result.history)
         print(f"{training.mode}: {done} of {training.steps} steps, "
@@ -113,6 +122,17 @@ def train_scales(path: str | Path) -> int:
         if result.message:
             print(result.message, file=sys.stderr)
     return 0 if result.finished else 130
+
+
+def _make(folder: Path, config) -> None:
+    """Before anything is computed: a folder that cannot be written would be found out last."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise QuantTuneError(f"The folder {folder} of [output] in {config} cannot be written "
+                             f"({error.strerror or error}); choose another one.") from error
 
 
 def _start_host(device: str) -> None:

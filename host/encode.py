@@ -35,7 +35,7 @@ def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None
             comfy.model_management.throw_exception_if_processing_interrupted()
             latents.append(_latent(picture, patcher, vae, identity, cache, index))
             bar.update(1)
-        reader = None if cache is None else _reader_of(patcher, clip)
+        reader = None if cache is None else reader_of(patcher, clip)
         conditions = [_kept_conditions(patcher, clip, caption, latent, reader, cache)
                       for caption, latent in zip(images.captions, latents)]
     # Out of inference mode, since autograd will meet them.
@@ -76,7 +76,7 @@ def _kept_conditions(patcher, clip, caption: str, latent: torch.Tensor, reader: 
     return found
 
 
-def _reader_of(patcher, clip) -> str:
+def reader_of(patcher, clip) -> str:
     """A key for what turns captions into conditions: the text encoder as set up, the family."""
     patches = clip.patcher.patches_uuid if clip.patcher.patches else ""
     setup = (type(patcher.model).__name__, type(clip.tokenizer).__name__, str(patches),
@@ -94,6 +94,9 @@ def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
     for name, cond in patcher.model.extra_conds(**arguments).items():
         value = getattr(cond, "cond", None)
         if isinstance(value, torch.Tensor):
+            if not bool(torch.isfinite(value).all()):
+                raise QuantTuneError("The conditioning holds NaN or infinite values; check the "
+                                     "text encoder and what makes the conditioning.")
             found[name] = value[:1].detach().float().cpu()
     return found
 
@@ -115,6 +118,10 @@ def from_latents(latents: Mapping, conditioning: Sequence, patcher) -> TrainingS
     if not torch.isfinite(samples).all():
         raise QuantTuneError("The connected latents hold NaN or infinite values; check what makes "
                              "them.")
+    channels = patcher.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels:
+        raise QuantTuneError(f"The latents have {samples.shape[1]} channels, but this model's have "
+                             f"{channels}; connect latents that were made for it.")
     with torch.inference_mode(False):
         rows = tuple(patcher.model.process_latent_in(s[None].float().clone())[0] for s in samples)
         conditions = tuple(

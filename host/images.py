@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from ..quant import QuantTuneError
 from ..training.data import TrainingImages
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHER_PICTURES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".psd", ".svg")
+"""Kinds of pictures that are not read, which is said rather than passed over."""
 SUBJECTS = Path(__file__).resolve().parent.parent / "starter" / "subjects"
 STARTER = "starter: "
 FITS = ("centre crop", "keep shape")
@@ -81,9 +84,18 @@ def read_folder(name: str, captions: str = "text files", phrase: str = "", resol
     Raises:
         QuantTuneError: no readable picture, or no caption where one is needed.
     """
+    for what, value, known in (("captions", captions, CAPTIONS), ("fit", fit, FITS)):
+        if value not in known:
+            raise QuantTuneError(f"The setting {what} is {value!r}, but it has to be one of "
+                                 f"{', '.join(repr(k) for k in known)}.")
+    if not 64 <= resolution <= 4096 or resolution % 8:
+        raise QuantTuneError(f"The resolution is {resolution}, but it has to be a multiple of 8 "
+                             "from 64 to 4096.")
     folder = folder_of(name)
     pictures, texts, warnings = [], [], []
     for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in OTHER_PICTURES:
+            warnings.append(f"{path.name} was left out: convert it to .png or .jpg")
         if path.suffix.lower() not in SUFFIXES:
             continue
         try:
@@ -118,7 +130,7 @@ def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
         if image.width * image.height > LARGEST:
             raise ValueError("it has too many pixels")
-        image = ImageOps.exif_transpose(image)
+        image = _eight_bits(ImageOps.exif_transpose(image))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -128,18 +140,33 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits, which PIL would cut off at 255, in 8; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+
+
 def _caption(path: Path, captions: str, phrase: str) -> str:
     if captions == "none":
         return ""
     if captions == "text files":
         beside = path.with_suffix(".txt")
-        if beside.exists():
-            return " ".join(beside.read_text("utf-8", errors="replace").split())
+        if beside.is_file():
+            return " ".join(_text(beside).split())
     if not phrase.strip():
         raise QuantTuneError(
             f"The picture {path.name} has no caption; write {path.stem}.txt beside it, give a "
             "phrase, or set captions to 'none'.")
     return phrase.strip()
+
+
+def _text(path: Path) -> str:
+    """A text file as editors write it: UTF-8, or UTF-16 with its mark."""
+    raw = path.read_bytes()
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
 def fitted(image: Image.Image, resolution: int, fit: str) -> torch.Tensor:

@@ -111,17 +111,20 @@ class ActivationWatch:
 class ForwardRecord:
     """Some forwards of a diffusion model, to be run again on a changed one.
 
+    Args:
+        wanted: says of the number of a forward, counted from 0, whether it is kept; None keeps all.
+
     Attributes:
         calls: ``(args, kwargs, output)`` of each.
     """
 
-    def __init__(self, every: int, most: int):
-        self.every, self.most = max(1, every), most
+    def __init__(self, wanted: Callable[[int], bool] | None = None):
+        self.wanted = wanted or (lambda number: True)
         self.calls, self._seen = [], 0
 
     @contextmanager
     def recording(self, unet: torch.nn.Module) -> Iterator[None]:
-        """Keep every n-th forward of ``unet`` inside."""
+        """Keep the wanted forwards of ``unet`` inside."""
         hook = unet.register_forward_hook(self._keep, with_kwargs=True)
         try:
             yield
@@ -129,14 +132,14 @@ class ForwardRecord:
             hook.remove()
 
     def _keep(self, unet, args, kwargs, output) -> None:
-        if self._seen % self.every == self.every // 2 and len(self.calls) < self.most:
+        if self.wanted(self._seen):
             kept = {k: v for k, v in kwargs.items() if k not in ("transformer_options", "control")}
             self.calls.append((_copied(args), _copied(kept), output.detach().float().cpu()))
         self._seen += 1
 
     def copy(self) -> ForwardRecord:
         """The same calls in tensors of their own, which autograd may keep."""
-        copy = ForwardRecord(self.every, self.most)
+        copy = ForwardRecord(self.wanted)
         with torch.inference_mode(False):
             copy.calls = [_mapped(call, torch.clone) for call in self.calls]
         return copy

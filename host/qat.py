@@ -28,7 +28,7 @@ from .quantize import model_over
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
 from .samples import Samples
-from .train import run_folder, tell
+from .train import forget_run, run_folder, stopped, tell
 from .training import checkpointed, training_copy
 
 HELD_OUT = 8
@@ -108,7 +108,7 @@ class HostStudent:
 
 def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Sequence,
               how: Calibration, config: QatTraining, name: str,
-              node_id: str | None = None) -> QatOutcome:
+              node_id: str | None = None, anew: bool = False) -> QatOutcome:
     """Train the integers of a calibrated MODEL to answer as a float one does, or go on with a run.
 
     The host's Stop ends the training after the step under way and gives what was learnt so far.
@@ -120,6 +120,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         config: settings.
         name: of the run.
         node_id: of the node that shows progress, or None.
+        anew: delete that run first, once it is certain that the training can begin.
 
     Raises:
         QuantTuneError: a MODEL without static ranges, with a LoRA or scales, or of another
@@ -135,6 +136,8 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         examples = repr((samples.key(), asdict(how), identity_of(reference)))
         student = HostStudent(denoiser, mode, record, floats,
                               hashlib.sha256(examples.encode()).hexdigest())
+        if anew:
+            forget_run(name)
         trainer = QatTrainer(student, config, folder)
         message = trainer.run(_Watcher(config.steps, node_id))
         learnt = {n: layer.export() for n, layer in student.layers.items()}
@@ -147,7 +150,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
              f"Output error against it, with true integers: {before:.2%} before, {after:.2%} "
              f"after (on {len(record.calls) - len(student)} forwards that were not trained on)."]
     if not trainer.finished:
-        lines.append(f"Stopped; queue again to go on with the run '{name}'.")
+        lines.append(stopped(name, anew))
     if message:
         lines.append(message)
     return QatOutcome(result, loss_chart(steps, losses, title=f"QAT: {name}"), "\n".join(lines),
@@ -175,8 +178,7 @@ def _recorded(reference, samples: Samples) -> ForwardRecord:
     if quantized_model(reference) is not None:
         raise QuantTuneError("The reference is a quantized MODEL; connect the float one, which the "
                              "integers are to learn from.")
-    # Some samplers run the model more than once a step.
-    record = ForwardRecord(1, 2**31)
+    record = ForwardRecord()
     bar = comfy.utils.ProgressBar(len(samples))
     with record.recording(reference.model.diffusion_model):
         for index in range(len(samples)):

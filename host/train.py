@@ -15,6 +15,7 @@ import folder_paths
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..metrics.charts import loss_chart, picture_grid
 from ..quant import QuantTuneError, ScaleMetadata
@@ -27,6 +28,8 @@ from .pictures import SamplingSettings, sample_pictures
 from .routing import apply_scale_set
 from .training import HostDenoiser, training_copy
 
+LOOKS = "looks"
+"""Key of what a preview shows, in its file."""
 RUNS = "quanttune_runs"
 """Folder of the training runs in the host's output folder."""
 
@@ -95,11 +98,13 @@ def train(
     validation: Validation | None = None,
     trackers: Sequence[str] = (),
     node_id: str | None = None,
+    anew: bool = False,
 ) -> Outcome:
     """Train scales for a quantized MODEL, or go on with the run ``name``.
 
-    The host's Stop ends the training after the step under way; the state is saved and the scales
-    so far are returned. Raises QuantTuneError for whatever a user can mend.
+    ``anew`` deletes that run first, once it is certain that the training can begin. The host's
+    Stop ends the training after the step under way; the state is saved and the scales so far are
+    returned. Raises QuantTuneError for whatever a user can mend.
     """
     quantized = quantized_model(patcher)
     with training_copy(patcher, config.precision) as denoiser:
@@ -108,6 +113,8 @@ def train(
             base_fingerprint=denoiser.fingerprint, base_name=quantized.name, subject=subject,
             bits=max(set(bits), key=bits.count),
             extra={"mode": config.mode, "settings": config.asdict()})
+        if anew:
+            forget_run(name)
         trainer = ScaleTrainer(denoiser, data, config, run_folder(name), metadata, empty, trackers)
         watcher = _Watcher(denoiser, config, validation, run_folder(name), node_id)
         watcher.start(trainer)
@@ -117,10 +124,10 @@ def train(
     steps, losses = zip(*[(r.step, r.loss) for r in result.history]) if result.history else ((), ())
     title = f"{config.mode}: {name}"
     return Outcome(result, loss_chart(steps, losses, title=title), watcher.grid(),
-                   _report(result, config, name))
+                   _report(result, config, name, anew))
 
 
-def _report(result: TrainingResult, config: ScaleTraining, name: str) -> str:
+def _report(result: TrainingResult, config: ScaleTraining, name: str, anew: bool) -> str:
     done = len(result.history)
     tail = [r.loss for r in result.history[-max(1, done // 10):]]
     lines = [f"{config.mode}: {done} of {config.steps} steps, loss {np.mean(tail):.4f} over the "
@@ -128,10 +135,16 @@ def _report(result: TrainingResult, config: ScaleTraining, name: str) -> str:
              f"{result.scale_set.num_parameters:,} scales, "
              f"{result.scale_set.nbytes / 1e6:.2f} MB"]
     if not result.finished:
-        lines.append(f"Stopped; queue again to go on with the run '{name}'.")
+        lines.append(stopped(name, anew))
     if result.message:
         lines.append(result.message)
     return "\n".join(lines)
+
+
+def stopped(name: str, anew: bool) -> str:
+    """What to do with a run that was stopped; one that starts anew would lose it."""
+    how = "set if_run_exists to 'continue' and queue" if anew else "queue"
+    return f"Stopped; {how} again to go on with the run '{name}'."
 
 
 def tell(progress: Progress, node_id: str | None) -> None:
@@ -164,7 +177,7 @@ class _Watcher:
         for path in sorted((self.folder / "previews").glob("step-*.png")):
             step = int(path.stem.split("-")[1])
             if step <= trainer.step and self.validation:
-                rows = _rows(path, len(self.validation.prompts))
+                rows = _rows(path, len(self.validation.prompts), self._looks())
                 if rows:
                     self.columns[step] = rows
         if self.validation and self.config.preview_every and trainer.step == 0:
@@ -197,12 +210,18 @@ class _Watcher:
                                       for p in pictures]
         try:
             (self.folder / "previews").mkdir(parents=True, exist_ok=True)
+            told = PngInfo()
+            told.add_text(LOOKS, self._looks())
             Image.fromarray(np.concatenate(self.columns[trainer.step])).save(
-                self.folder / "previews" / f"step-{trainer.step:06}.png")
+                self.folder / "previews" / f"step-{trainer.step:06}.png", pnginfo=told)
         except OSError:
             pass  # the pictures are in the graph's outputs anyway
         # A small card may have had to make room for the decoder.
         comfy.model_management.load_models_gpu([copy], force_full_load=True)
+
+    def _looks(self) -> str:
+        """What pictures of one grid have in common."""
+        return repr((list(self.validation.prompts), self.validation.settings))
 
     def grid(self) -> Image.Image | None:
         """All rounds so far, a row a prompt and a column a round; at most eight columns."""
@@ -215,10 +234,16 @@ class _Watcher:
         return picture_grid(rows, list(self.validation.prompts), [f"step {s}" for s in steps])
 
 
-def _rows(path: Path, count: int) -> list[np.ndarray]:
-    """A saved column of pictures, cut up again; none from a file that a kill has cut off."""
+def _rows(path: Path, count: int, looks: str) -> list[np.ndarray]:
+    """A saved column of pictures, cut up again.
+
+    None from a file that a kill has cut off, or that shows other prompts.
+    """
     try:
-        column = np.asarray(Image.open(path).convert("RGB"))
-    except OSError:
+        with Image.open(path) as image:
+            if image.info.get(LOOKS) != looks:
+                return []
+            column = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError):
         return []
     return np.split(column, count) if column.shape[0] % count == 0 else []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import comfy.model_management
 import torch
-from comfy.model_base import ModelType
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,12 +17,14 @@ from .layout import is_uniform
 from .ops import scaled_layers
 from .routing import OPTION, layer_shapes, timestep_units
 
-KINDS = {
-    ModelType.EPS: "eps", ModelType.V_PREDICTION: "v", ModelType.V_PREDICTION_EDM: "v",
-    ModelType.EDM: "edm", ModelType.V_PREDICTION_CONTINUOUS: "v", ModelType.FLOW: "flow",
-    ModelType.FLUX: "flow",
-}
-"""The loss of each of the host's prediction types."""
+KINDS = {"EPS": "eps", "V_PREDICTION": "v", "EDM": "edm", "CONST": "flow", "X0": "x0",
+         "V_PREDICTION_DDPM": None, "COSMOS_RFLOW": None, "IMG_TO_IMG": None,
+         "IMG_TO_IMG_FLOW": None, "StableCascadeSampling": None}
+"""The loss of each of the host's classes of prediction; None: not known."""
+
+
+PROBE = 16
+"""Height and width in latents of the forward that shows whether a family can be trained."""
 
 
 class _Fixed:
@@ -46,11 +48,12 @@ class HostDenoiser:
             raise QuantTuneError("Scales can only be trained on a quantized MODEL; put 'Quantize "
                                  "UNet' or 'Load Quantized UNet' before the training.")
         self.patcher, self.base = patcher, patcher.model
-        self.kind = KINDS.get(self.base.model_type)
+        self.kind = _kind(self.base.model_sampling)
         if self.kind is None:
             raise QuantTuneError(
                 f"Models with the prediction type {self.base.model_type.name} cannot be trained "
-                "yet; use an SD1.x, SD2.x, SDXL, SD3 or Flux model.")
+                "yet; use an SD1.x, SD2.x, SDXL or SD3 model.")
+        self._proven = isinstance(self.base.diffusion_model, UNetModel)
         self.sigma_data = float(getattr(self.base.model_sampling, "sigma_data", 1.0))
         self.shapes = layer_shapes(self.base.diffusion_model)
         self.fingerprint = quantized.fingerprint
@@ -80,6 +83,11 @@ class HostDenoiser:
             return table.to(timesteps.device)[timesteps.long()].float()
         return sampling.sigma(timesteps).float()
 
+    def routed(self, timesteps: Tensor) -> Tensor:
+        """Shares of T of what the model is given at timesteps in 0..T (a flow model's shift)."""
+        given = self.base.model_sampling.timestep(self.sigma(timesteps.to(self.device)))
+        return torch.as_tensor(self._convert(given)).cpu().double() / self.num_timesteps
+
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """The model's own noised latents."""
         shape = (-1, *[1] * (clean.dim() - 1))
@@ -88,9 +96,53 @@ class HostDenoiser:
     def denoise(self, noised: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor],
                 scales: Mapping[str, LayerScales], checkpointing: bool = False) -> Tensor:
         """One row of the diffusion model a sample; differentiable in ``scales``."""
+        if not self._proven:
+            self._prove(noised[..., :PROBE, :PROBE], sigma, conditions, scales)
+            self._proven = True
         options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
-        with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
-            return self.base.apply_model(noised, sigma, **conditions, transformer_options=options)
+        try:
+            with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
+                return self.base.apply_model(noised, sigma, **conditions,
+                                             transformer_options=options)
+        except (torch.OutOfMemoryError, QuantTuneError):
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in conditions.items())
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise QuantTuneError(
+                f"The model cannot run on latents of shape {list(noised.shape)} with {shapes} "
+                f"({reason}); connect latents and conditioning that were made for this model."
+            ) from error
+
+    def _prove(self, noised, sigma, conditions, scales) -> None:
+        """Differentiate a small forward of a family that is not known to allow it.
+
+        Some change activations in place. Autograd says so, but not where they are recomputed:
+        there gradients would be silently wrong.
+        """
+        options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
+        trained = [t for s in scales.values() for t in (s.r_out, s.s_in)
+                   if t is not None and t.requires_grad]
+        try:
+            output = self.base.apply_model(noised, sigma, **conditions,
+                                           transformer_options=options)
+            torch.autograd.grad(output.square().sum(), trained, allow_unused=True)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._not_differentiable(error) from error
+
+    def _not_differentiable(self, error) -> QuantTuneError:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        return QuantTuneError(
+            f"Models of the family {type(self.base).__name__} cannot be trained in this ComfyUI "
+            f"({reason}); use an SD1.x, SD2.x, SDXL or SD3 model.")
+
+
+def _kind(model_sampling) -> str | None:
+    """The loss of a model, by what its sampling says now: nodes may have replaced it."""
+    names = [c.__name__ for c in type(model_sampling).__mro__]
+    return next((KINDS[n] for n in names if n in KINDS), None)
 
 
 @contextmanager
@@ -155,8 +207,11 @@ def training_copy(patcher, precision: str = "auto") -> Iterator[HostDenoiser]:
         copy.set_model_compute_dtype(_compute_dtype(precision, copy.load_device))
         try:
             comfy.model_management.load_models_gpu([copy], force_full_load=True)
+            # The host takes kernels without a gradient otherwise.
+            comfy.model_management.in_training = True
             yield HostDenoiser(copy)
         finally:
+            comfy.model_management.in_training = False
             copy.detach()
 
 

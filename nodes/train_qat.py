@@ -6,7 +6,7 @@ from ..host.calibrate import Calibration
 from ..host.images import as_image
 from ..host.qat import train_qat
 from ..host.samples import conditioning_of
-from ..host.train import forget_run, run_state
+from ..host.train import run_state
 from ..training.qat import QatTraining
 from .sampler_inputs import sampler_inputs
 from .train_scales import ANEW, CONTINUE
@@ -110,10 +110,8 @@ class TrainQat(io.ComfyNode):
         how = Calibration(samples=samples, steps=steps, cfg=cfg, sampler=sampler_name,
                           scheduler=scheduler, seed=seed)
         positive, negative = conditioning_of(clip, prompts, positive, negative)
-        if if_run_exists == ANEW:
-            forget_run(run_name)
         outcome = train_qat(model, reference, latent, positive, negative, how, config, run_name,
-                            cls.hidden.unique_id)
+                            cls.hidden.unique_id, if_run_exists == ANEW)
         chart = as_image(outcome.loss_picture)
         return io.NodeOutput(outcome.model, chart, outcome.report,
                              ui={**ui.PreviewImage(chart, cls=cls).as_dict(),

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..host.encode import encode, encode_empty, from_latents
 from ..host.images import as_image
 from ..host.pictures import SamplingSettings
-from ..host.train import Validation, forget_run, run_folder, run_state, train
+from ..host.train import Validation, run_folder, run_state, train
 from ..quant import QuantTuneError
 from ..training.config import OPTIMIZERS, PRESETS, SCHEDULERS
 from .scales import Scales
@@ -176,15 +176,14 @@ class TrainScales(io.ComfyNode):
         else:
             raise QuantTuneError("There is nothing to train on; connect 'Training Images', or "
                                  "latents with their conditioning.")
-        if if_run_exists == ANEW:
-            forget_run(run_name)
         settings = SamplingSettings(validation_size, validation_size, validation_steps,
                                     validation_cfg, seed=seed)
         outcome = train(
             model, data, config, run_name, subject,
             encode_empty(model, clip) if caption_dropout else None,
             Validation(prompts, settings, clip, vae) if prompts else None,
-            [] if tracker == "none" else [tracker], cls.hidden.unique_id)
+            [] if tracker == "none" else [tracker], cls.hidden.unique_id,
+            if_run_exists == ANEW)
         chart = as_image(outcome.loss_picture)
         grid = chart if outcome.grid is None else as_image(outcome.grid)
         return io.NodeOutput(

@@ -142,13 +142,20 @@ class ClassImagesNode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder_path="", **kwargs):
+        return folder_state(folder_path) if folder_path and folder_path.strip() else ""
+
+    @classmethod
     def execute(cls, model, clip, vae, class_prompt, count, resolution, steps, cfg, seed,
                 folder_path) -> io.NodeOutput:
+        warnings = ()
         if folder_path.strip():
-            found = read_folder(folder_path, "one phrase" if class_prompt.strip() else "none",
-                                class_prompt, resolution, prior=True).images
+            reading = read_folder(folder_path, "one phrase" if class_prompt.strip() else "none",
+                                  class_prompt, resolution, prior=True)
+            found, warnings = reading.images, reading.warnings
         else:
             found = class_images(model, clip, vae, class_prompt, count,
                                  SamplingSettings(resolution, resolution, steps, cfg, seed=seed))
-        sheet, _ = _shown(found)
-        return io.NodeOutput(found, sheet, ui=ui.PreviewImage(sheet, cls=cls))
+        sheet, text = _shown(found, warnings)
+        return io.NodeOutput(found, sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(),
+                                               **ui.PreviewText(text).as_dict()})

@@ -12,6 +12,8 @@ from ..quant import QuantTuneError
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 """Names of diffusers' learning-rate schedules that need nothing but a warm-up and a length."""
+SHORTEST = 0.001
+"""Share of T that a range of timesteps has to have."""
 OPTIMIZERS = ("adamw", "adamw8bit", "lion", "lion8bit")
 
 
@@ -89,8 +91,11 @@ class ScaleTraining:
                           ("num_experts", 1), ("warmup_steps", 0), ("save_every", 0),
                           ("preview_every", 0), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
                 raise _wrong(name, value, f"a whole number of at least {low}")
+        for name in ("train_s_in", "absolute", "separate_experts", "stratified", "checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "true or false")
         for name, low, high in (("learning_rate", 0, 1), ("s_in_learning_rate", 0, 1),
                                 ("s_in_noise", 0, 1), ("shared_share", 0, 1),
                                 ("weight_decay", 0, 1), ("max_grad_norm", 0, math.inf),
@@ -98,17 +103,19 @@ class ScaleTraining:
                                 ("prior_weight", 0, math.inf), ("caption_dropout", 0, 1)):
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
-                raise _wrong(name, value, f"a number from {low} to {high}")
+                raise _wrong(name, value, f"a number from {low} to {high}" if high < math.inf
+                             else f"a number of at least {low}")
         if self.learning_rate == 0:
             raise _wrong("learning_rate", 0, "above 0")
         for name, choices in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS),
                               ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise _wrong(name, getattr(self, name), f"one of {', '.join(choices)}")
         span = self.timestep_range
-        if (len(span) != 2 or not all(_is_number(v) for v in span)
-                or not 0 <= span[0] < span[1] <= 1):
-            raise _wrong("timestep_range", list(span), "two shares, 0 <= first < last <= 1")
+        if (not isinstance(span, tuple) or len(span) != 2 or not all(_is_number(v) for v in span)
+                or not 0 <= span[0] < span[1] <= 1 or span[1] - span[0] < SHORTEST):
+            raise _wrong("timestep_range", span, "two shares, 0 <= first < last <= 1, at least "
+                         f"{SHORTEST} apart")
         if self.num_experts > self.steps:
             raise QuantTuneError(
                 f"{self.num_experts} experts cannot all be trained in {self.steps} steps; train "
@@ -137,7 +144,7 @@ class ScaleTraining:
         """
         values = dict(values)
         preset = values.pop("preset", "recommended")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise _wrong("preset", preset, f"one of {', '.join(PRESETS)}")
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
@@ -150,7 +157,8 @@ class ScaleTraining:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (
+        -math.inf < value < math.inf)
 
 
 def _wrong(name: str, value: Any, expected: str) -> QuantTuneError:

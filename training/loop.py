@@ -16,8 +16,12 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from .history import LossFile, StepRecord, usable_trackers
-from .processes import leave_together
-from .state import check_same, load_state, save_state
+from .processes import from_first, leave_together
+from .state import check_same, load_state, remove_parts, save_state
+
+
+class NotFinite(QuantTuneError):
+    """A loss or gradient that is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,14 @@ class TrainingLoop(ABC):
             QuantTuneError: a loss that is not finite; the run keeps its last good state then.
         """
         main = self.accelerator.is_main_process
+        if main:
+            self._make_folder()
         losses = LossFile(self.folder, self.history) if main else None
         if self.trackers:
-            self.accelerator.init_trackers("quanttune", config=plain(self.settings()))
+            # What was logged after the state that is resumed is logged again.
+            purge = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}
+            self.accelerator.init_trackers("quanttune", config=plain(self.settings()),
+                                           init_kwargs=purge)
         start, first, message, stopped = time.monotonic(), self.step, "", False
         while self.step < self.steps and not stopped:
             record = self.one_step()
@@ -120,7 +129,8 @@ class TrainingLoop(ABC):
                     self.save()
                     raise
                 stopped = self._any(bool(asked))
-        message = self.save() or message
+        if self.step != self._saved or not self.step:
+            message = self.save() or message
         leave_together(self.accelerator)
         return message
 
@@ -135,15 +145,24 @@ class TrainingLoop(ABC):
         Raises QuantTuneError when the loss or a gradient is not finite.
         """
         if not math.isfinite(loss):
-            raise QuantTuneError(
-                f"The loss of step {self.step + 1} is {loss}; the run keeps its state of step "
-                f"{self._saved}. Start it anew with a lower learning rate.")
+            raise NotFinite(f"The loss of step {self.step + 1} is {loss}{self._keep()} Start it "
+                            "anew with a lower learning rate.")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf))
         if not math.isfinite(norm):
-            raise QuantTuneError(
-                f"The gradient of step {self.step + 1} is not finite; the run keeps its state of "
-                f"step {self._saved}. Start it anew with a lower learning rate, or precision fp32.")
+            raise NotFinite(f"The gradient of step {self.step + 1} is not finite{self._keep()} "
+                            "Start it anew with a lower learning rate, or precision fp32.")
         return norm
+
+    def _keep(self) -> str:
+        """Save what was learnt before a step that failed; the middle of a sentence about it."""
+        if self.step != self._saved:
+            self.save()
+        left = self.leave() if self.accelerator.is_main_process else None
+        return f"; what was learnt in {self.step} steps is in {left}." if left else "."
+
+    def leave(self) -> Path | None:
+        """Write what was learnt so far for the user of a run that cannot go on; its file."""
+        return None
 
     def mean(self, total: Tensor, parameters: Sequence[Tensor], device: torch.device) -> float:
         """Average the gradients in place, and the loss ``total``, over the processes."""
@@ -159,18 +178,31 @@ class TrainingLoop(ABC):
         flag = torch.tensor(float(asked), device=self.accelerator.device)
         return float(self.accelerator.reduce(flag, "sum")) > 0
 
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QuantTuneError(
+                f"The folder {self.folder} for the training cannot be made "
+                f"({error.strerror or error}); choose another one.") from error
+        remove_parts(self.folder)
+
     def restore(self) -> None:
-        """Go on from the folder's state if it has one.
+        """Go on from the folder's state if it has one: that of the first process counts for all.
 
         Raises QuantTuneError for a state that does not belong to these settings.
         """
-        state = load_state(self.folder)
+        state = from_first(self.accelerator, lambda: load_state(self.folder))
         if state is None:
             return
         try:
             check_same(self.folder, state, self.origin())
             history = [StepRecord(*row) for row in state["history"]]
-            self.step = self._saved = int(state["step"])
+            step = int(state["step"])
+            if not 0 <= step <= self.steps or [r.step for r in history] != list(
+                    range(1, step + 1)):
+                raise ValueError("steps")
+            self.step = self._saved = step
             self.load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, QuantTuneError):

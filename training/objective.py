@@ -6,14 +6,16 @@ error of what it predicts, which is that of the clean latents times a weight of 
 - noise (``eps``): ``x = x0 + sigma n``, so ``n_hat - n = (x0 - x0_hat) / sigma`` (Ho et al. 2020),
 - ``v``: ``1 + 1 / sigma^2`` (Salimans & Ho 2022, in the variance-exploding form),
 - ``edm``: ``(sigma^2 + data^2) / (sigma data)^2`` (Karras et al. 2022),
+- ``x0``: 1,
 - ``flow``: ``x = (1 - sigma) x0 + sigma n``, so the velocity's error is ``(x0 - x0_hat) / sigma``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-KINDS = ("eps", "v", "edm", "flow")
+KINDS = ("eps", "v", "edm", "flow", "x0")
 
 
 def loss_weight(kind: str, sigma: Tensor, min_snr_gamma: float = 0.0,
@@ -33,6 +35,7 @@ def loss_weight(kind: str, sigma: Tensor, min_snr_gamma: float = 0.0,
         "v": lambda: 1 + sigma.pow(-2),
         "edm": lambda: (sigma.square() + sigma_data**2) / (sigma * sigma_data).square(),
         "flow": lambda: sigma.pow(-2),
+        "x0": lambda: torch.ones_like(sigma),
     }[kind]()
 
 

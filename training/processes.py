@@ -1,6 +1,8 @@
-"""The end of a training that several processes share."""
+"""What the processes of a training do together: begin with one state, and end."""
 
 from __future__ import annotations
+
+from ..quant import QuantTuneError
 
 
 def leave_together(accelerator) -> None:
@@ -21,3 +23,24 @@ def leave_together(accelerator) -> None:
         else:
             accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def from_first(accelerator, make):
+    """What ``make`` gives in the first process, in all of them; machines may share no disk.
+
+    Raises whatever `QuantTuneError` it raised there, in all of them.
+    """
+    if accelerator.num_processes == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = make()
+        except QuantTuneError as error:
+            found[1] = str(error)
+    value, wrong = broadcast_object_list(found)
+    if wrong is not None:
+        raise QuantTuneError(wrong)
+    return value

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUND = 16
+"""Turns a round has for each expert where their intervals differ in length."""
+
 
 def generator_of(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a key, such as (seed, "noise", step)."""
@@ -66,6 +69,9 @@ class TimestepSampler:
             in a step of fewer samples than experts, evenly over the interval of one expert, all
             in turn. Otherwise every timestep on its own.
         seed: of the draw.
+        edges: the N + 1 shares of T at which one expert gives way to the next; empty for equal
+            parts. They differ where the model is given another timestep than the one drawn (a flow
+            model's shift), since that is what scales are routed by.
     """
 
     num_experts: int
@@ -73,11 +79,14 @@ class TimestepSampler:
     span: tuple[float, float]
     stratified: bool
     seed: int
+    edges: tuple[float, ...] = ()
 
     def interval(self, expert: int) -> tuple[float, float]:
         """First and last share of T that the expert serves, within the span; may be empty."""
-        low = max(expert / self.num_experts, self.span[0])
-        return low, max(low, min((expert + 1) / self.num_experts, self.span[1]))
+        count = self.num_experts
+        ends = self.edges[expert : expert + 2] or (expert / count, (expert + 1) / count)
+        low = max(ends[0], self.span[0])
+        return low, max(low, min(ends[1], self.span[1]))
 
     @property
     def active(self) -> list[int]:
@@ -88,14 +97,26 @@ class TimestepSampler:
     def expert(self, step: int, count: int = 1) -> int | None:
         """The one expert of a stratified step: all in turn, shuffled anew each round.
 
-        None if the ``count`` samples of a step are enough for all of them to take part.
+        An expert of a longer interval has more turns in a round. None if the ``count`` samples of
+        a step are enough for all of them to take part.
         """
         active = self.active
         if count >= len(active) > 1:
             return None
-        turn, position = divmod(step, len(active))
-        order = torch.randperm(len(active), generator=generator_of(self.seed, "turn", turn))
-        return active[int(order[position])]
+        turns = self._turns(active)
+        turn, position = divmod(step, len(turns))
+        order = torch.randperm(len(turns), generator=generator_of(self.seed, "turn", turn))
+        return turns[int(order[position])]
+
+    def _turns(self, active: list[int]) -> list[int]:
+        """One round: each expert once if their intervals are alike, else in proportion."""
+        lengths = [high - low for low, high in map(self.interval, active)]
+        if max(lengths) - min(lengths) < 1e-6:
+            return active
+        places = ROUND * len(active)
+        ends = torch.tensor(lengths, dtype=torch.float64).cumsum(0) / sum(lengths)
+        middles = (torch.arange(places, dtype=torch.float64) + 0.5) / places
+        return [active[i] for i in torch.searchsorted(ends, middles).tolist()]
 
     def timesteps(self, step: int, count: int, shared: bool = False) -> Tensor:
         """``count`` timesteps for a step, float32, at least 0 and below T.
@@ -114,3 +135,24 @@ class TimestepSampler:
         found = ((low + uniform * (high - low)) * self.num_timesteps).float()
         end = torch.tensor(float(self.num_timesteps))
         return found.clamp(max=float(torch.nextafter(end, torch.zeros(()))))
+
+
+def edges_of(routed, num_experts: int, num_timesteps: float) -> tuple[float, ...]:
+    """`TimestepSampler.edges` of a model; empty if they are equal parts.
+
+    Args:
+        routed: turns timesteps ``[B]`` in 0..T into shares of T by which scales are routed, rising.
+        num_experts, num_timesteps: N and T.
+    """
+    edges = [0.0]
+    for expert in range(1, num_experts):
+        low, high = 0.0, 1.0
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            t = torch.tensor([middle * num_timesteps], dtype=torch.float64)
+            reached = float(routed(t)[0]) * num_experts >= expert
+            low, high = (low, middle) if reached else (middle, high)
+        edges.append(round(high, 7))
+    edges.append(1.0)
+    equal = [e / num_experts for e in range(num_experts + 1)]
+    return () if max(abs(a - b) for a, b in zip(edges, equal)) < 1e-6 else tuple(edges)

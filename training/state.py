@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from ..quant import QuantTuneError
 
 FILE = "checkpoint.pt"
 VERSION = 1
+FULL = 8 * 2**20
+"""Bytes below which a disk counts as full, since what did not fit has been taken back."""
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -30,11 +35,37 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = _reason(error, path.parent)
+        kept = " The state before it is kept." if _exists(path) else ""
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise QuantTuneError(
             f"The training state {path} could not be written ({reason}); free some space or "
-            "choose another folder. The state before it is kept.") from error
+            f"choose another folder.{kept}") from error
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a killed process had begun to write."""
+    for part in Path(folder).glob(f".{FILE}.*.tmp"):
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Why a file was not written; torch does not say when the disk is full."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < FULL:
+            return "no space left on the disk"
+    return str(error).splitlines()[0]
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
@@ -46,6 +77,9 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive fails in as many ways as there are bytes
         raise QuantTuneError(

@@ -16,15 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..quant import LayerScales, QuantTuneError, ScaleMetadata, ScaleSet
+from ..quant import LayerScales, QuantTuneError, ScaleMetadata, ScaleSet, save_scale_set
 from .config import ScaleTraining
 from .data import TrainingSet
 from .history import StepRecord
 from .loop import Progress, TrainingLoop, plain
 from .objective import denoising_loss, loss_weight
 from .optimizers import build_optimizer, rate_factor, set_learning_rate
-from .sampling import ExampleOrder, TimestepSampler, generator_of
+from .sampling import ExampleOrder, TimestepSampler, edges_of, generator_of
 from .scales import TrainableScales
+
+KEPT = "scales-before-the-error.safetensors"
+"""In the run's folder: what was learnt before a loss that was not finite."""
 
 
 class Denoiser(Protocol):
@@ -46,6 +49,9 @@ class Denoiser(Protocol):
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """Noise levels ``[B]`` float32 of timesteps ``[B]`` in 0..T."""
+
+    def routed(self, timesteps: Tensor) -> Tensor:
+        """Shares of T ``[B]``, 0 to 1, by which scales are routed when the model is used."""
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """The noised latents of the model's own process."""
@@ -119,7 +125,9 @@ class ScaleTrainer(TrainingLoop):
         self.optimizers = [build_optimizer(config, *self._parameters(g)) for g in groups]
         self.rate = rate_factor(config)
         self.timesteps = TimestepSampler(config.num_experts, denoiser.num_timesteps,
-                                         config.timestep_range, config.stratified, config.seed)
+                                         config.timestep_range, config.stratified, config.seed,
+                                         edges_of(denoiser.routed, config.num_experts,
+                                                  denoiser.num_timesteps))
         world = self.accelerator.num_processes
         self.orders = [
             ExampleOrder(buckets, config.batch_size * world, config.seed + i)
@@ -231,7 +239,7 @@ class ScaleTrainer(TrainingLoop):
     def _experts(self, timesteps: Tensor) -> list[int]:
         """The expert of each timestep (eq. 6)."""
         count = self.config.num_experts
-        share = timesteps.double().cpu() * count / self.denoiser.num_timesteps
+        share = self.denoiser.routed(timesteps).double().cpu() * count
         return share.floor().clamp(0, count - 1).long().tolist()
 
     def _split_experts(self) -> None:
@@ -260,6 +268,14 @@ class ScaleTrainer(TrainingLoop):
         """See `TrainingLoop.settings`."""
         return self.config.asdict()
 
+    def leave(self) -> Path | None:
+        """See `TrainingLoop.leave`."""
+        if not self.step or not all(bool(p.isfinite().all()) for p in self.scales.parameters()):
+            return None
+        path = self.folder / KEPT
+        save_scale_set(path, self.scale_set())
+        return path
+
     def origin(self) -> dict:
         """See `TrainingLoop.origin`."""
         settings = self.config.asdict()
@@ -281,6 +297,8 @@ class ScaleTrainer(TrainingLoop):
         """See `TrainingLoop.load`."""
         with torch.no_grad():
             for parameter, value in zip(self.scales.parameters(), state["scales"], strict=True):
+                if parameter.shape != value.shape:
+                    raise ValueError("shapes")
                 parameter.copy_(value)
         for optimizer, value in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(value)

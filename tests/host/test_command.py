@@ -65,6 +65,8 @@ BAD = {
     "images of no table": ("images = ['x']\n", "'images' has to be a section"),
     "training of no table": ("training = 'fast'\n", "'training' has to be a section"),
     "one tracker": ("[output]\ntrackers = 'tensorboard'\n", "a list"),
+    "no tables of images": ("images = []\n[base]\n[output]\n", r"no \[images\]"),
+    "tracker of no word": ("[base]\n[images]\n[output]\ntrackers=[[]]\n", "texts in quotes"),
     "image word": ("[base]\n[output]\n[[images]]\nfolder='x'\nsize=3\n", "size"),
 }
 
@@ -81,6 +83,16 @@ def test_bad_configurations(case, tmp_path, comfy_inprocess):
     with pytest.raises(QuantTuneError, match=match) as caught:
         read_config(path)
     assert "config.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_output_that_cannot_be_written_is_told_first(tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "config.toml"
+    path.write_text("[base]\nstarter=true\n[[images]]\nfolder='starter: pip'\n[output]\n"
+                    f"folder='{(tmp_path / 'file' / 'run').as_posix()}'\n")
+    done = run(path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot be written" in done.stderr and "step 1" not in done.stdout
 
 
 @pytest.mark.parametrize("text,match", [

@@ -60,6 +60,46 @@ def test_transparency_is_white_and_rotation_is_undone(folder):
     assert upright[:20].mean() > 0.9 and upright[-20:].mean() < 0.1
 
 
+def test_grey_pictures_of_16_bits_keep_their_shades(folder):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(folder / "a.png")
+    (found,) = read("dog").images.images
+    expected = torch.linspace(0, 1, 64).expand(64, 64)
+    assert float((found[..., 0] - expected).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("text", ["a sks dog\n".encode("utf-8-sig"), "a sks dog".encode("utf-16")])
+def test_captions_of_other_editors(text, folder):
+    picture(folder / "a.png")
+    (folder / "a.txt").write_bytes(text)
+    assert read("dog", phrase="").images.captions == ("a sks dog",)
+
+
+def test_a_folder_named_like_a_caption_is_none(folder):
+    picture(folder / "a.png")
+    (folder / "a.txt").mkdir()
+    assert read("dog").images.captions == ("a sks dog",)
+
+
+def test_pictures_of_other_kinds_are_named(folder):
+    picture(folder / "a.png")
+    (folder / "b.gif").write_bytes(b"GIF89a")
+    assert "b.gif was left out" in read("dog").warnings[0]
+
+
+@pytest.mark.parametrize("options,match", [
+    ({"fit": "stretch"}, "fit is 'stretch'"), ({"captions": "foo"}, "captions is 'foo'"),
+    ({"resolution": 0}, "resolution is 0"), ({"resolution": 7}, "resolution is 7"),
+    ({"resolution": 10**9}, "resolution is 1000000000"),
+])
+def test_settings_of_a_configuration_file(options, match, folder):
+    from quanttune.quant import QuantTuneError
+
+    picture(folder / "a.png")
+    with pytest.raises(QuantTuneError, match=match):
+        read("dog", **options)
+
+
 def test_shapes(folder):
     picture(folder / "wide.png", (400, 100))
     picture(folder / "tall.png", (90, 120))

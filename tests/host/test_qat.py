@@ -171,7 +171,7 @@ def test_what_is_held_out_is_never_trained_on_and_spread(count):
     from quanttune.host import qat
     from quanttune.host.observe import ForwardRecord
 
-    record = ForwardRecord(1, count)
+    record = ForwardRecord()
     record.calls = [None] * count
     train, held = qat._divided(record)
     assert sorted(train + held) == list(range(count)) and len(held) == max(1, count // 8)

@@ -195,7 +195,49 @@ def test_a_perfect_model_has_no_loss(kind):
     assert torch.allclose(x - sigma.view(-1, 1, 1, 1) * noise, clean, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_prediction_that_a_node_has_set_counts(before):
+    """'ModelSamplingDiscrete' makes a v-prediction model of any."""
+    import comfy_extras.nodes_model_advanced as advanced
+
+    from quanttune.host.training import training_copy
+
+    def patched(model):
+        return advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]
+
+    with torch.inference_mode():
+        model = models.small_model()
+        quantized, _ = quantize(patched(model) if before else model)
+        quantized = quantized if before else patched(quantized)
+    with training_copy(quantized) as denoiser:
+        assert denoiser.kind == "v"
+
+
 class TestRefused:
+    def test_latents_of_another_model(self):
+        from quanttune.host.encode import from_latents
+        from quanttune.quant import QuantTuneError
+
+        with torch.inference_mode():
+            quantized, _ = quantize(models.small_model())
+            row = [[torch.randn(1, 7, 32), {}]]
+            with pytest.raises(QuantTuneError, match="5 channels.*have 4"):
+                from_latents({"samples": torch.randn(2, 5, 8, 8)}, row, quantized)
+            row[0][0][0, 0, 0] = float("nan")
+            with pytest.raises(QuantTuneError, match="conditioning holds NaN"):
+                from_latents({"samples": torch.randn(2, 4, 8, 8)}, row, quantized)
+
+    def test_conditioning_of_another_width(self):
+        from quanttune.host.training import training_copy
+        from quanttune.quant import QuantTuneError
+
+        quantized, _ = quantize(models.small_model())
+        x, _ = arguments(quantized)
+        wrong = {"c_crossattn": torch.randn(len(x), 7, 5)}
+        with training_copy(quantized) as denoiser:
+            with pytest.raises(QuantTuneError, match="cannot run on latents.*7, 5"):
+                denoiser.denoise(x, torch.ones(len(x)), wrong, {})
+
     def test_a_float_model(self):
         from quanttune.host.training import training_copy
         from quanttune.quant import QuantTuneError

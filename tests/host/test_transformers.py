@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quanttune.quant import QuantTuneError
 from quanttune.tests.host import models
 from quanttune.tests.host.models import quantize
 
@@ -63,3 +64,44 @@ def test_scales_act_only_in_their_interval(model):
     routed = apply_scale_set(quantized, late_only, 1.0, "late")[0]
     assert torch.equal(run(routed, False), run(quantized, False))
     assert models.relative(run(routed, True), run(quantized, True)) > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_training_moves_the_expert_that_will_be_applied(model, tmp_path, checkpointing):
+    """Flow models are given another timestep than the one drawn: that of the shifted noise."""
+    from quanttune.host.routing import ScaleRouter, timesteps_of
+    from quanttune.host.training import training_copy
+    from quanttune.training.config import ScaleTraining
+    from quanttune.training.data import TrainingSet
+    from quanttune.training.trainer import ScaleTrainer
+
+    with torch.inference_mode():
+        quantized, _ = quantize(model, 4)
+    g = torch.Generator().manual_seed(0)
+    data = TrainingSet(tuple(torch.randn(16, 8, 8, generator=g) for _ in range(2)),
+                       tuple({"c_crossattn": torch.randn(1, 5, 32, generator=g),
+                              "y": torch.randn(1, 16, generator=g)} for _ in range(2)),
+                       (False,) * 2, ("",) * 2, "x")
+    config = ScaleTraining(steps=24, num_experts=3, checkpointing=checkpointing, preview_every=0,
+                           warmup_steps=0, save_every=0, learning_rate=1e-2)
+    asked, given = [], []
+    with training_copy(quantized) as denoiser:
+        trainer = ScaleTrainer(denoiser, data, config, tmp_path)
+        if "Flux" in type(model.model).__name__:
+            # ComfyUI's blocks write into activations that autograd has kept.
+            with pytest.raises(QuantTuneError, match="family Flux cannot be trained.*use an SD1"):
+                trainer.run()
+            return
+        select = trainer.scales.select
+        trainer.scales.select = lambda experts: asked.append(experts[0]) or select(experts)
+        unet = denoiser.base.diffusion_model
+        hook = unet.register_forward_pre_hook(
+            lambda m, a, k: given.append(timesteps_of(a, k).clone()), with_kwargs=True)
+        scale_set = trainer.run().scale_set
+        hook.remove()
+        del given[0]  # the proof that it can be differentiated
+        router = ScaleRouter(denoiser.base, denoiser.shapes, [(scale_set, 1.0)])
+        assert set(asked) == {0, 1, 2} and len(asked) == len(given) == 24
+        for expert, timestep in zip(asked, given):
+            for name, row in router.resolve(timestep).items():
+                assert torch.equal(row.r_out[0], scale_set.layers[name].r_out[expert])

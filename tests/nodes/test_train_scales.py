@@ -181,7 +181,7 @@ def test_latents_and_captions_are_encoded_once(nodes, starter, images, host_fold
 
 
 def test_a_text_encoder_with_a_lora_or_another_layer_reads_captions_anew(starter):
-    from quanttune.host.encode import _reader_of
+    from quanttune.host.encode import reader_of
 
     model, clip, _ = starter
     plain, skipped, patched = clip.clone(), clip.clone(), clip.clone()
@@ -189,8 +189,8 @@ def test_a_text_encoder_with_a_lora_or_another_layer_reads_captions_anew(starter
     name = next(k for k in clip.patcher.model_state_dict() if k.endswith("q_proj.weight"))
     weight = clip.patcher.model_state_dict()[name]
     patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
-    assert _reader_of(model, plain) == _reader_of(model, clip)
-    assert len({_reader_of(model, c) for c in (clip, skipped, patched)}) == 3
+    assert reader_of(model, plain) == reader_of(model, clip)
+    assert len({reader_of(model, c) for c in (clip, skipped, patched)}) == 3
 
 
 REFUSED = {
@@ -227,3 +227,77 @@ def test_an_empty_class_prompt(nodes, starter):
     model, clip, vae = starter
     with pytest.raises(QuantTuneError, match="class prompt is empty"):
         run_node(nodes["QuantTuneClassImages"], model=model, clip=clip, vae=vae)
+
+
+def test_starting_anew_deletes_nothing_before_it_is_certain(nodes, starter, images, host_folders):
+    train(nodes, starter, images, preview_every=0)
+    state = host_folders / "output" / "quanttune_runs" / "run" / "checkpoint.pt"
+    before = state.read_bytes()
+    floats = run_node(nodes["QuantTuneLoadStarterModel"]).args
+    with pytest.raises(Exception, match="only be trained on a quantized"):
+        train(nodes, floats, images, if_run_exists="start anew")
+    assert state.read_bytes() == before
+    again = train(nodes, starter, images, preview_every=0, steps=3, if_run_exists="start anew")
+    assert "3 of 3 steps" in again.args[4]
+
+
+def test_stopped_after_starting_anew_the_report_says_how_to_go_on(nodes, starter, images,
+                                                                  monkeypatch):
+    import comfy.model_management
+    import comfy.utils
+
+    def press(bar, value, total=None, preview=None):
+        if total == 6 and value == 2:
+            comfy.model_management.interrupt_current_processing(True)
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", press)
+    report = train(nodes, starter, images, preview_every=0, if_run_exists="start anew").args[4]
+    assert "set if_run_exists to 'continue'" in report
+
+
+def test_class_images_of_another_model_are_made_anew(nodes, starter, host_folders):
+    model, clip, vae = run_node(nodes["QuantTuneLoadStarterModel"]).args
+    other = model.clone()
+    state = model.model.diffusion_model.state_dict()
+    other.add_patches({f"diffusion_model.{k}": (torch.zeros_like(v),) for k, v in state.items()},
+                      0.0, 0.0)
+    made = [run_node(nodes["QuantTuneClassImages"], model=m, clip=clip, vae=vae, count=1, steps=2,
+                     class_prompt="a star", resolution=64).args[0].images[0]
+            for m in (model, other)]
+    assert not torch.equal(*made)
+
+
+def test_class_images_of_a_folder_name_what_was_left_out(nodes, starter, host_folders):
+    from PIL import Image
+
+    model, clip, vae = starter
+    folder = host_folders / "input" / "kind"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    node = nodes["QuantTuneClassImages"]
+    before = node.fingerprint_inputs(folder_path="kind")
+    (folder / "b.png").write_bytes(b"junk")
+    assert node.fingerprint_inputs(folder_path="kind") != before
+    output = run_node(node, model=model, clip=clip, vae=vae, class_prompt="a star",
+                      folder_path="kind", resolution=64)
+    assert "b.png was left out" in str(output.ui["text"])
+
+
+def test_previews_of_other_prompts_are_not_shown_as_these(nodes, starter, images, monkeypatch):
+    import comfy.model_management
+    import comfy.utils
+
+    asked = comfy.utils.ProgressBar.update_absolute
+
+    def press(bar, value, total=None, preview=None):
+        if total == 6 and value == 3:
+            comfy.model_management.interrupt_current_processing(True)
+        return asked(bar, value, total, preview)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.utils.ProgressBar, "update_absolute", press)
+        first = train(nodes, starter, images, validation_prompts="a star\na moon",
+                      validation_size=64, validation_steps=1).args[1]
+    last = train(nodes, starter, images, validation_prompts="a heart", validation_size=64,
+                 validation_steps=1).args[1]
+    assert last.shape[2] < first.shape[2], "only the round after the last step"

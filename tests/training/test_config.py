@@ -28,6 +28,10 @@ def test_a_preset_goes_through_a_file_unchanged(name):
     {"learning_rate": "fast"}, {"optimizer": "sgd"}, {"scheduler": "stairs"},
     {"precision": "fp16"}, {"timestep_range": (0.5, 0.5)}, {"timestep_range": (0.9, 0.1)},
     {"timestep_range": (0.0, 2.0)}, {"timestep_range": (0.0,)}, {"ema_decay": 1.0},
+    {"max_grad_norm": float("inf")}, {"min_snr_gamma": float("inf")}, {"seed": 2**64},
+    {"timestep_range": 3}, {"timestep_range": (0.5, 0.5000001)}, {"train_s_in": "false"},
+    {"stratified": 1}, {"absolute": "no"}, {"separate_experts": None}, {"checkpointing": "no"},
+    {"optimizer": []},
     {"seed": -1}, {"shared_share": 1.1}, {"caption_dropout": 2}, {"max_grad_norm": -1},
 ])
 def test_impossible_settings_are_named(changes):
@@ -41,7 +45,8 @@ def test_more_experts_than_steps():
         ScaleTraining(steps=5, num_experts=8)
 
 
-@pytest.mark.parametrize("values,match", [({"stepz": 3}, "stepz"), ({"preset": "best"}, "best")])
+@pytest.mark.parametrize("values,match", [({"stepz": 3}, "stepz"), ({"preset": "best"}, "best"),
+                                          ({"preset": []}, "preset"), ({"preset": {}}, "preset")])
 def test_unknown_words_in_a_file(values, match):
     with pytest.raises(QuantTuneError, match=match):
         ScaleTraining.from_dict(values)

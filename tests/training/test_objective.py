@@ -16,7 +16,9 @@ def loss_by_hand(kind, clean, noise, estimate, sigma, data=1.0):
         predicted, target = (x - estimate) / s, noise - clean
     else:
         x = clean + s * noise
-        if kind == "eps":
+        if kind == "x0":
+            predicted, target = estimate, clean
+        elif kind == "eps":
             predicted, target = (x - estimate) / s, noise
         elif kind == "v":  # velocity of the unit-variance form: alpha n - sigma' x0
             a, b = 1 / (1 + s**2).sqrt(), s / (1 + s**2).sqrt()

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from quanttune.training.sampling import ExampleOrder, TimestepSampler, generator_of
+from quanttune.training.sampling import ExampleOrder, TimestepSampler, edges_of, generator_of
 
 
 def test_keys_give_independent_and_repeatable_draws():
@@ -69,7 +69,32 @@ def test_a_focus_is_kept_to(stratified):
     assert t.min() >= 500 and t.max() <= 900
     assert s.active == [2, 3]
     if stratified:
-        assert Counter(s.expert(i) for i in range(10)) == {2: 5, 3: 5}
+        turns = Counter(s.expert(i) for i in range(32))
+        assert turns == {2: 20, 3: 12}, "0.25 and 0.15 of the timesteps"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_focus_is_drawn_from_evenly_whatever_the_batch(count):
+    s = sampler(num_experts=2, span=(0.4, 1.0))
+    t = torch.cat([s.timesteps(i, count) for i in range(960 // count)])
+    assert float((t < 500).float().mean()) == pytest.approx(1 / 6, abs=0.03)
+
+
+def test_edges_follow_what_the_model_is_given():
+    """A flow model's shift: half of the noise levels lie above the middle of its timesteps."""
+    def shifted(t):
+        share = t / 1000
+        return 3 * share / (1 + 2 * share)
+
+    assert edges_of(lambda t: t / 1000, 4, 1000) == ()
+    assert edges_of(lambda t: t.floor() / 1000, 3, 1000) == pytest.approx((0, 0.334, 0.667, 1))
+    edges = edges_of(shifted, 2, 1000)
+    assert edges == pytest.approx((0, 0.25, 1), abs=1e-6)
+    s = sampler(num_experts=2, edges=edges)
+    for i in range(64):
+        routed = shifted(s.timesteps(i, 1).double())
+        assert int((routed * 2).floor()) == s.expert(i)
+    assert Counter(s.expert(i) for i in range(32)) == {0: 8, 1: 24}
 
 
 def test_the_shared_stage_draws_from_the_whole_span():

@@ -5,13 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from quanttune.quant import QuantTuneError, ScaleSet
+from quanttune.quant import QuantTuneError, ScaleSet, load_scale_set
 from quanttune.tests.training.toy import (
     ToyDenoiser,
     evaluate,
@@ -22,7 +24,7 @@ from quanttune.tests.training.toy import (
 )
 from quanttune.training.config import PAPER
 from quanttune.training.history import read_losses
-from quanttune.training.state import FILE, load_state
+from quanttune.training.state import FILE, load_state, save_state
 from quanttune.training.trainer import ScaleTrainer
 
 HERE = Path(__file__).resolve().parent
@@ -184,13 +186,7 @@ def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """On CPUs each process is launched with its rank, as on several machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = ["-m", "accelerate.commands.launch", "--cpu"]
-    ranks = [start_script(tmp_path / "two", "--batch", 2, launch=launch, WORLD_SIZE="2",
-                          RANK=str(r), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port) for r in range(2)]
+    ranks = _two(lambda rank: tmp_path / "two")
     errors = [process.communicate(timeout=300)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(
         text[-3000:] for text in errors)
@@ -199,6 +195,34 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert len(two) == len(one)
     for a, b in zip(two, one):
         assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.expert == b.expert
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_disk_go_on_together(tmp_path):
+    """The first process's state counts for all; the others have none."""
+    def launched(*arguments):
+        ranks = _two(lambda rank: tmp_path / f"machine{rank}", *arguments)
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
+        assert [p.returncode for p in ranks] == [0, 0], "\n".join(e[-3000:] for e in errors)
+
+    launched("--stop-at", 7)
+    launched()
+    one = trainer(tmp_path / "one", batch_size=4).run().history
+    two = read_losses(tmp_path / "machine0")
+    assert len(two) == len(one)
+    for a, b in zip(two, one):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.expert == b.expert
+
+
+def _two(folder, *arguments):
+    """Two ranks of the toy's training, each with a folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ["-m", "accelerate.commands.launch", "--cpu"]
+    return [start_script(folder(r), "--batch", 2, *arguments, launch=launch, WORLD_SIZE="2",
+                         RANK=str(r), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1",
+                         MASTER_PORT=port) for r in range(2)]
 
 
 class Poisoned(ToyDenoiser):
@@ -215,12 +239,83 @@ class Poisoned(ToyDenoiser):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
-    with pytest.raises(QuantTuneError, match=r"step 8 is nan.*state of step 5") as caught:
+    with pytest.raises(QuantTuneError, match="step 8 is nan.*learnt in 7 steps is in") as caught:
         trainer(tmp_path, Poisoned(7), toy_set()).run()
     assert "\n" not in str(caught.value)
-    assert load_state(tmp_path)["step"] == 5
+    assert load_state(tmp_path)["step"] == 7
+    kept = load_scale_set(tmp_path / "scales-before-the-error.safetensors")
+    run = trainer(tmp_path / "seven")
+    run.run(lambda progress: progress.record.step == 7)
+    assert kept.metadata.steps == 7
+    for name, layer in run.scale_set().layers.items():
+        assert torch.equal(layer.r_out, kept.layers[name].r_out)
+        assert torch.equal(layer.s_in, kept.layers[name].s_in)
     whole = trainer(tmp_path / "whole").run()
     assert trainer(tmp_path).run().history == whole.history
+
+
+def test_nan_before_anything_is_learnt_leaves_no_file(tmp_path):
+    with pytest.raises(QuantTuneError, match=r"step 1 is nan\. Start it anew"):
+        trainer(tmp_path, Poisoned(0), toy_set(), save_every=0).run()
+    assert not (tmp_path / "scales-before-the-error.safetensors").exists()
+
+
+def test_a_finished_run_is_not_written_again(tmp_path):
+    trainer(tmp_path).run()
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    assert trainer(tmp_path).run().finished
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_process_had_begun_to_write_goes(tmp_path):
+    part = tmp_path / ".checkpoint.pt.0a1b2c3d.tmp"
+    part.write_bytes(b"half")
+    trainer(tmp_path).run()
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"step": -5}, {"step": 10**6}, {"history": []}, {"scales": [torch.ones(1)] * 4},
+])
+def test_states_that_contradict_themselves_are_refused(change, tmp_path):
+    trainer(tmp_path).run(lambda progress: progress.record.step == 5)
+    save_state(tmp_path, {**load_state(tmp_path), **change})
+    with pytest.raises(QuantTuneError, match="damaged"):
+        trainer(tmp_path)
+
+
+def test_flipped_bits_are_noticed(tmp_path):
+    trainer(tmp_path).run(lambda progress: progress.record.step == 5)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entry = next(i for i in archive.infolist() if "/data/" in i.filename and i.file_size > 8)
+    # Behind the entry's own header, whose names torch pads.
+    at = whole.index(entry.filename.encode(), entry.header_offset) + len(entry.filename) + 80
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
+    with pytest.raises(QuantTuneError, match="damaged"):
+        trainer(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("x")
+    run = trainer(tmp_path / "file" / "run")
+    with pytest.raises(QuantTuneError, match="cannot be made"):
+        run.run()
+    assert run.step == 0
+
+
+def test_a_full_disk_that_torch_does_not_name(tmp_path, monkeypatch):
+    """torch.save says 'unexpected pos' when the disk is full."""
+    import torch as library
+
+    def fail(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8")
+
+    monkeypatch.setattr(library, "save", fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    done = trainer(tmp_path).run()
+    assert "no space left" in done.message and "is kept" not in done.message
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

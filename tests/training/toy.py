@@ -28,6 +28,9 @@ class ToyDenoiser:
     def sigma(self, timesteps):
         return 0.1 + 3 * timesteps / 1000
 
+    def routed(self, timesteps):
+        return timesteps.double() / 1000
+
     def noised(self, clean, noise, sigma):
         return clean + sigma.view(-1, 1, 1, 1) * noise
 

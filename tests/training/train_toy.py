@@ -13,11 +13,13 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--stop-at", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     def callback(progress):
         if progress.record.step == options.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return progress.record.step == options.stop_at
 
     trainer(options.folder, batch_size=options.batch).run(callback)
