@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import comfy.model_management
 import torch
@@ -16,6 +17,7 @@ from ..quant import (
     keep_float,
     shortcut_splits,
 )
+from ..quant.plan import BitPlan
 from .build import adopt, build_model, quantized_model
 from .describe import describe
 from .ops import QuantTuneOps, scaled_layers
@@ -27,7 +29,8 @@ ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 
 def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none",
                    name: str = "model", split_shortcuts: bool = True, dtypes: tuple | None = None,
-                   rounded: Mapping[str, QuantizedWeight] | None = None):
+                   rounded: Mapping[str, QuantizedWeight] | None = None,
+                   plan: BitPlan | None = None):
     """Quantize every Linear and Conv2d of a MODEL's diffusion model except those kept in float.
 
     Args:
@@ -40,6 +43,8 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         dtypes: ``(dtype of what stays float, dtype to compute in or None for the same)``; by
             default the source's.
         rounded: weights that were quantized already, by layer name (error feedback).
+        plan: bits of single layers, in place of those of ``spec``; what it keeps in float is kept
+            beside ``keep``.
 
     Returns:
         ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry
@@ -57,8 +62,14 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     kept = keep_float(list(layers_by_name), keep) if isinstance(keep, str) else set(keep)
     if not isinstance(keep, str):
         keep = ", ".join(sorted(keep))
+    specs = {}
+    if plan is not None:
+        plan.check_layers(layers_by_name)
+        kept |= plan.kept()
+        specs = {n: replace(spec, bits=bits) for n, bits in plan.bits.items() if bits}
     if len(kept) == len(layers_by_name):
-        raise QuantTuneError(f"'{keep}' keeps every layer in float, so that nothing would be "
+        what = f"'{keep}'" if plan is None else f"The plan '{plan.label}'"
+        raise QuantTuneError(f"{what} keeps every layer in float, so that nothing would be "
                              "quantized; choose fewer layers to keep.")
     shapes = {layer: tuple(m.weight.shape) for layer, m in layers_by_name.items()}
     splits = shortcut_splits(shapes) if split_shortcuts else {}
@@ -83,7 +94,8 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
             try:
                 packed = (rounded or {}).get(layer)
                 if packed is None:
-                    packed = QuantizedWeight.quantize(original, spec, splits.get(layer))
+                    packed = QuantizedWeight.quantize(original, specs.get(layer, spec),
+                                                      splits.get(layer))
             except QuantTuneError as error:
                 raise QuantTuneError(f"Layer '{layer}' of '{name}': {error}") from error
             report.add_layer(layer, original, packed, weight)
@@ -96,7 +108,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     checkpoint.metadata = describe(source, name, {
         "source": name, "bits": spec.bits, "symmetric": spec.symmetric,
         "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
-        "split_shortcuts": split_shortcuts})
+        "split_shortcuts": split_shortcuts, **({"plan": plan.label} if plan is not None else {})})
 
     return model_over(patcher, checkpoint, name, dtypes), report
 

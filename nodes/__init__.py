@@ -8,6 +8,7 @@ from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
+from .sensitivity import BitPlanNode, LayerSensitivity
 from .starter import LoadStarterModel
 from .train_qat import TrainQat
 from .train_scales import TrainScales
@@ -25,4 +26,4 @@ class QuantTuneExtension(ComfyExtension):
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
-                TrainQat]
+                TrainQat, LayerSensitivity, BitPlanNode]

@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..host.quantize import quantize_model
 from ..quant import QUANTIZE_PRESETS, QuantSpec, QuantTuneError
+from .types import BIT_PLAN
 
 PATTERN = "pattern"
 
@@ -47,6 +48,8 @@ class QuantizeUNet(io.ComfyNode):
                                  tooltip="Give the two inputs that meet in a UNet's shortcut "
                                          "convolutions a scale each, as Q-Diffusion does: a few KB "
                                          "more, less error there."),
+                BIT_PLAN.Input("plan", optional=True,
+                               tooltip="From 'Bit Plan': bits of each layer, in place of 'bits'."),
             ],
             outputs=[
                 io.Model.Output("quantized", display_name="MODEL",
@@ -57,13 +60,14 @@ class QuantizeUNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, bits, range, symmetric, keep_float, pattern,
-                split_shortcuts) -> io.NodeOutput:
+    def execute(cls, model, bits, range, symmetric, keep_float, pattern, split_shortcuts,
+                plan=None) -> io.NodeOutput:
         spec = QuantSpec(bits=int(bits), symmetric=symmetric, range=range)
         keep = pattern if keep_float == PATTERN else keep_float
         if not keep.strip(" ,"):
             raise QuantTuneError(
                 "keep_float is 'pattern', but the pattern is empty; write layer names such as "
                 "'*attn2*', or set keep_float to 'none'.")
-        quantized, report = quantize_model(model, spec, keep, split_shortcuts=split_shortcuts)
+        quantized, report = quantize_model(model, spec, keep, split_shortcuts=split_shortcuts,
+                                          plan=plan)
         return io.NodeOutput(quantized, str(report), ui=ui.PreviewText(str(report)))

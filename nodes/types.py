@@ -1,0 +1,8 @@
+"""Kinds of wires that several nodes share."""
+
+from comfy_api.latest import io
+
+BIT_PLAN = io.Custom("QUANTTUNE_BIT_PLAN")
+"""A ``quant.plan.BitPlan``."""
+SENSITIVITY = io.Custom("QUANTTUNE_SENSITIVITY")
+"""A ``metrics.sensitivity.Sensitivity``."""
