@@ -3,7 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
+from .benchmark import BenchmarkModel
 from .calibrate import CalibrateInt8
+from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
 from .quantize import QuantizeUNet
@@ -26,4 +28,4 @@ class QuantTuneExtension(ComfyExtension):
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
-                TrainQat, LayerSensitivity, BitPlanNode]
+                TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel]
