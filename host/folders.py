@@ -7,10 +7,12 @@ from pathlib import Path
 
 import folder_paths
 
+from ..metrics.similarity import SUFFIXES as NETWORK_SUFFIXES
 from ..quant import QuantTuneError
 
 UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
+METRICS_FOLDER = "quanttune_metrics"
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -20,6 +22,7 @@ def register_folders() -> None:
     ``models/quanttune`` holds quantized UNets (so do ``models/diffusion_models`` and
     ``models/unet``), ``models/quanttune_scales`` scale sets. Files that the save nodes write to
     the output folder, and those that ship with the pack, are found too.
+    ``models/quanttune_metrics`` holds networks that measure.
     """
     for folder in ("quanttune", SCALES_FOLDER):
         for path in (os.path.join(folder_paths.models_dir, folder),
@@ -27,6 +30,9 @@ def register_folders() -> None:
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+    folder_paths.add_model_folder_path(METRICS_FOLDER,
+                                       os.path.join(folder_paths.models_dir, METRICS_FOLDER))
+    folder_paths.folder_names_and_paths[METRICS_FOLDER][1].update(NETWORK_SUFFIXES)
 
 
 def unet_files() -> list[str]:
@@ -39,11 +45,16 @@ def scale_files() -> list[str]:
     return _files((SCALES_FOLDER,))
 
 
-def _files(folders) -> list[str]:
+def metric_files() -> list[str]:
+    """Names of the files that may be a backbone of LPIPS."""
+    return _files((METRICS_FOLDER,), NETWORK_SUFFIXES)
+
+
+def _files(folders, suffixes=(".safetensors",)) -> list[str]:
     names = []
     for folder in folders:
         names += [n for n in folder_paths.get_filename_list(folder)
-                  if n.endswith(".safetensors") and n not in names]
+                  if n.endswith(suffixes) and n not in names]
     return names
 
 
@@ -55,6 +66,11 @@ def unet_path(name: str) -> str:
 def scales_path(name: str) -> str:
     """Full path of a scale set by its listed name."""
     return _find((SCALES_FOLDER,), name, "models/quanttune_scales")
+
+
+def metric_path(name: str) -> str:
+    """Full path of a backbone of LPIPS by its listed name."""
+    return _find((METRICS_FOLDER,), name, "models/quanttune_metrics")
 
 
 def _find(folders, name, where) -> str:

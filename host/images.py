@@ -26,6 +26,9 @@ FITS = ("centre crop", "keep shape")
 CAPTIONS = ("text files", "one phrase", "none")
 SMALLEST, LARGEST = 8, 100_000_000
 """Least side, and most pixels, of a picture that is read."""
+UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError,
+              Image.DecompressionBombError)
+"""What `open_picture` raises for a file that is no picture, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,11 @@ def read_folder(name: str, captions: str = "text files", phrase: str = "", resol
                              "from 64 to 4096.")
     folder = folder_of(name)
     pictures, texts, warnings = [], [], []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in OTHER_PICTURES:
-            warnings.append(f"{path.name} was left out: convert it to .png or .jpg")
-        if path.suffix.lower() not in SUFFIXES:
-            continue
+    for path in picture_files(folder, warnings):
         try:
-            picture = fitted(_open(path), resolution, fit)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError,
-                Image.DecompressionBombError) as error:
-            reason = str(error).split("'")[0].strip() or type(error).__name__
-            warnings.append(f"{path.name} was left out: {reason}")
+            picture = fitted(open_picture(path), resolution, fit)
+        except UNREADABLE as error:
+            warnings.append(left_out(path, error))
             continue
         pictures.append(picture)
         texts.append(_caption(path, captions, phrase))
@@ -125,8 +122,26 @@ def subject_of(phrase: str, texts: Sequence[str]) -> str:
     return " ".join(common).strip(" ,")
 
 
-def _open(path: Path) -> Image.Image:
-    """An RGB picture, turned upright, transparency over white."""
+def picture_files(folder: Path, warnings: list[str] | None = None) -> list[Path]:
+    """Files of a folder that are read as pictures, in the order of their names.
+
+    A sentence for each picture of a kind that is not read goes to ``warnings``.
+    """
+    paths = sorted(folder.iterdir())
+    if warnings is not None:
+        warnings += [f"{p.name} was left out: convert it to .png or .jpg" for p in paths
+                     if p.suffix.lower() in OTHER_PICTURES]
+    return [p for p in paths if p.suffix.lower() in SUFFIXES]
+
+
+def left_out(path: Path, error: Exception) -> str:
+    """The sentence for a file that could not be read."""
+    reason = str(error).split("'")[0].strip() or type(error).__name__
+    return f"{path.name} was left out: {reason}"
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An RGB picture, turned upright, transparency over white; raises one of `UNREADABLE`."""
     with Image.open(path) as image:
         if image.width * image.height > LARGEST:
             raise ValueError("it has too many pixels")

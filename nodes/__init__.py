@@ -8,6 +8,7 @@ from .calibrate import CalibrateInt8
 from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
+from .quality import CompareImages, ImageSetQuality
 from .quantize import QuantizeUNet
 from .scales import ApplyScales, LoadScales, SaveScales
 from .sensitivity import BitPlanNode, LayerSensitivity
@@ -28,4 +29,5 @@ class QuantTuneExtension(ComfyExtension):
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
-                TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel]
+                TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel,
+                CompareImages, ImageSetQuality]

@@ -109,3 +109,42 @@ def random_scales(patcher, num_experts=4, amount=0.1, seed=3, with_s_in=True, **
 def relative(a, b):
     """Largest difference over the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def small_vision(folder, kind: str = "clip_vision_model", width: int = 128, seed: int = 0):
+    """The host's CLIP_VISION of two layers with random weights: CLIP, SigLIP or DINOv2.
+
+    width: of the embedding (a CLIP's projection). The host's loader itself knows full sizes only.
+    """
+    import json
+
+    from comfy.clip_vision import ClipVisionModel
+
+    config = {"hidden_size": 32, "image_size": 28, "patch_size": 14, "num_channels": 3,
+              "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64,
+              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": kind}
+    if kind == "clip_vision_model":
+        config["projection_dim"] = width
+    if kind == "dinov2":
+        config |= {"hidden_size": width, "use_swiglu_ffn": False}
+    path = folder / "vision.json"
+    path.write_text(json.dumps(config))
+    vision = ClipVisionModel(str(path))
+    generator = torch.Generator().manual_seed(seed)
+    state = {k: torch.randn(v.shape, generator=generator) / max(1, v[0].numel() if v.dim() > 1
+                                                               else 4) ** 0.5
+             for k, v in vision.get_sd().items()}
+    missing, unexpected = vision.load_sd(state)
+    assert not missing and not unexpected
+    return vision
+
+
+def projecting_clip(weight=None):
+    """The starter's CLIP with a random text projection; its own is the identity."""
+    from quanttune.starter.load import FOLDER, load_clip
+
+    clip = load_clip(str(FOLDER / "clip.safetensors"), disable_dynamic=True)
+    if weight is None:
+        weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)) / 128 ** 0.5
+    clip.cond_stage_model.clip_l.transformer.text_projection.weight.copy_(weight)
+    return clip
