@@ -28,6 +28,7 @@ class CompareImages(io.ComfyNode):
                         "and the difference as a picture. For what quantization changed at one "
                         "seed.",
             search_aliases=["ssim", "psnr", "lpips", "difference", "metrics"],
+            is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images to judge."),
                 io.Image.Input("reference", tooltip="What each should look like: as many images, "
@@ -83,6 +84,7 @@ class ImageSetQuality(io.ComfyNode):
                         "the likeness of a subject (CLIP-I, DINO-I), obedience to prompts "
                         "(CLIP-T), and variety (IS). What is not connected is not measured.",
             search_aliases=["fid", "kid", "inception score", "clip score", "dino", "metrics"],
+            is_output_node=True,
             inputs=[
                 io.Combo.Input("network", options=list(NETWORKS), default=STARTER,
                                tooltip=f"What looks at the images: '{STARTER}' needs no download "

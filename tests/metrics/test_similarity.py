@@ -100,6 +100,7 @@ def network(request, tmp_path_factory):
 
 
 def test_lpips_is_torchmetrics_with_the_same_weights(network, tmp_path, monkeypatch):
+    import torchvision
     from torchmetrics.functional.image import lpips
 
     backbone, state, path = network
@@ -107,22 +108,16 @@ def test_lpips_is_torchmetrics_with_the_same_weights(network, tmp_path, monkeypa
     assert loaded.backbone == backbone
     first, second = pair(64, 50)
 
-    class Features:
-        """What torchvision would give after its download."""
-
-        def __init__(self):
-            import torchvision
-
-            with torch.device("meta"):
-                model = getattr(torchvision.models, TORCHVISION[backbone.name])(weights=None)
-            model.load_state_dict(state, strict=False, assign=True)
-            self.features = model.features
-
-    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda *a, **k: Features().features)
-    expected = lpips.learned_perceptual_image_patch_similarity(
-        first, second, net_type=backbone.name, reduction="none", normalize=True)
     values = loaded(first, second)
-    assert torch.allclose(values, expected, atol=1e-6) and (values > 1e-3).all()
+    with torch.device("meta"):
+        model = getattr(torchvision.models, TORCHVISION[backbone.name])(weights=None)
+    model.load_state_dict(state, strict=False, assign=True)
+    with monkeypatch.context() as patch:  # what torchvision would give after its download
+        patch.setattr(torchvision.models, TORCHVISION[backbone.name], lambda **options: model)
+        expected = [float(lpips.learned_perceptual_image_patch_similarity(
+            a[None], b[None], net_type=backbone.name, normalize=True))
+            for a, b in zip(first, second)]
+    assert values.tolist() == pytest.approx(expected, abs=1e-6) and (values > 1e-3).all()
     assert torch.equal(loaded(first, first), torch.zeros(2))
 
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "same.safetensors")

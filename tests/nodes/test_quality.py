@@ -117,3 +117,33 @@ def test_a_folder_that_changed_is_measured_again(nodes, host_folders):
     assert before == node.fingerprint_inputs(folder="set", reference_folder=" ")
     Image.new("RGB", (16, 16)).save(folder / "b.png")
     assert before != node.fingerprint_inputs(folder="set")
+
+
+@pytest.mark.server
+def test_on_the_real_server(comfy_server):
+    """Both alone in a graph, shown in the node, measured once, and an error in its node."""
+    from quanttune.devtools.client import RunFailed
+
+    def grey(value):
+        return {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 2,
+                                                       "color": value * 0x010101}}
+
+    graph = {
+        "a": grey(100), "b": grey(110),
+        "compare": {"class_type": "QuantTuneCompareImages",
+                    "inputs": {"images": ["a", 0], "reference": ["b", 0]}},
+        "set": {"class_type": "QuantTuneImageSetQuality",
+                "inputs": {"network": "starter classifier", "folder": "starter: pip",
+                           "reference_folder": "starter: crest", "captions": ""}},
+    }
+    history, events = comfy_server.queue(graph)
+    assert {"compare", "set"} <= {e["data"]["node"] for e in events if e["type"] == "progress"}
+    assert "28.13" in history["outputs"]["compare"]["text"][0], "20 log10(255 / 10) dB"
+    assert len(history["outputs"]["compare"]["images"]) == 1
+    assert "6 images, 6 reference images" in history["outputs"]["set"]["text"][0]
+    _, events = comfy_server.queue(graph)
+    assert not [e for e in events if e["type"] == "progress"], "nothing changed"
+    graph["set"]["inputs"]["reference_folder"] = "nowhere"
+    with pytest.raises(RunFailed, match="'nowhere' is not there") as caught:
+        comfy_server.queue(graph)
+    assert caught.value.node_id == "set"
