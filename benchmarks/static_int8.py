@@ -86,6 +86,7 @@ class Bench:
             "8 bits, ranges of the moment": lambda: self.dynamic(8),
             "8 bits, mse, 4 intervals": lambda: self.static(8),
             "8 bits, QAT": lambda: self.trained(8),
+            "8 bits, QAT, a tenth of the rates": lambda: self.trained(8, 1e-3, 1e-4),
             "4 bits, static": lambda: self.static(4),
             "4 bits, static, GPTQ": lambda: self.static(4, rounding="gptq"),
             "4 bits, QAT": lambda: self.trained(4),
@@ -121,17 +122,19 @@ class Bench:
         return calibrate(self.model, self.latent, *self.conditioning,
                          self.calibration(bits=bits, **settings))[0]
 
-    def trained(self, bits, weights=1e-2, **settings):
+    def trained(self, bits, weights=1e-2, scales=1e-3, **settings):
         """Calibrated, then trained."""
         from quanttune.host.qat import train_qat
         from quanttune.training.qat import QatTraining
 
         config = QatTraining(steps=self.options.steps, weight_learning_rate=weights,
+                             learning_rate=scales,
                              checkpointing=False, precision="fp32", save_every=0)
         how = self.calibration(samples=2 * self.options.samples, seed=1000)
+        name = f"{bits}-{weights}-{scales}-{settings}".translate(
+            {ord(c): "-" for c in "{}':, "}).strip("-")
         return train_qat(self.static(bits, **settings), self.model, self.latent,
-                         *self.conditioning, how, config, f"{bits}-{weights}-{settings}".translate(
-                             {ord(c): "-" for c in "{}':, "}).strip("-")).model
+                         *self.conditioning, how, config, name).model
 
     def result(self, name) -> dict:
         """One way, from the file if it is there."""

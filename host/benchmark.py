@@ -50,7 +50,7 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
         management.throw_exception_if_processing_interrupted()
         start = time.perf_counter()
         try:
-            _step(patcher, samples, positive, negative, cfg)
+            one_step(patcher, samples, positive, negative, cfg)
         except (torch.OutOfMemoryError, QuantTuneError):
             raise
         except (RuntimeError, IndexError, ValueError) as error:
@@ -88,7 +88,7 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
     return CostReport(costs, len(samples), steps, _setting(device, samples, runs))
 
 
-def _step(patcher, samples, positive, negative, cfg) -> None:
+def one_step(patcher, samples, positive, negative, cfg) -> None:
     """One step from the middle of the schedule."""
     samples = comfy.sample.fix_empty_latent_channels(patcher, samples)
     noise = comfy.sample.prepare_noise(samples, 0)

@@ -52,14 +52,15 @@ class Samples:
     def __len__(self):
         return -(-self.how.samples // self.how.steps) if self.generates else self.how.samples
 
-    def run(self, patcher, index: int, callback=None) -> None:
-        """Run sample ``index``; the host's interrupt comes through as its own exception.
+    def run(self, patcher, index: int, callback=None) -> torch.Tensor:
+        """Run sample ``index`` and return its latents; the host's interrupt comes through as its
+        own exception.
 
         ``callback`` is the host's: step, estimate of the clean latent, noisy latent, steps. Raises
         QuantTuneError when latents or conditioning do not fit the model.
         """
         try:
-            self._run(patcher, index, callback)
+            return self._run(patcher, index, callback)
         except (torch.OutOfMemoryError, QuantTuneError):
             raise
         except (RuntimeError, IndexError, ValueError) as error:
@@ -69,22 +70,21 @@ class Samples:
                 f"this conditioning ({reason}); connect what was made for this model."
             ) from error
 
-    def _run(self, patcher, index: int, callback) -> None:
+    def _run(self, patcher, index: int, callback) -> torch.Tensor:
         how, seed = self.how, self.how.seed + index
         positive = self.positive[index % len(self.positive)]
         if self.generates:
             latent = comfy.sample.fix_empty_latent_channels(patcher, self.latent)
             noise = comfy.sample.prepare_noise(latent, seed)
-            comfy.sample.sample(patcher, noise, how.steps, how.cfg, how.sampler, how.scheduler,
-                                positive, self.negative, latent, seed=seed, disable_pbar=True,
-                                callback=callback)
-            return
+            return comfy.sample.sample(
+                patcher, noise, how.steps, how.cfg, how.sampler, how.scheduler, positive,
+                self.negative, latent, seed=seed, disable_pbar=True, callback=callback)
         latent = self.latent[index % len(self.latent)][None]
         noise = comfy.sample.prepare_noise(latent, seed)
         sampling = patcher.get_model_object("model_sampling")
         share = (index + 0.5) / len(self)
         sigma = float(sampling.percent_to_sigma(1 - share))
-        comfy.sample.sample_custom(
+        return comfy.sample.sample_custom(
             patcher, noise, how.cfg, comfy.samplers.sampler_object("euler"),
             torch.tensor([sigma, 0.0]), positive, self.negative, latent, seed=seed,
             disable_pbar=True, callback=callback)

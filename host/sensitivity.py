@@ -86,7 +86,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     shapes = {name: tuple(m.weight.shape) for name, m in layers.items()}
     splits = shortcut_splits(shapes)
     units = _units(shapes, how.unit)
-    record = _record(patcher, Samples(latent, positive, negative, how), how.forwards)
+    record = record_forwards(patcher, Samples(latent, positive, negative, how), how.forwards)
     buckets = [_bucket(patcher, record, i, how.timestep_buckets) for i in range(len(record.calls))]
     key = repr((identity_of(patcher), asdict(how), Samples(latent, positive, negative, how).key()))
     if key not in _DONE:
@@ -122,7 +122,7 @@ def _units(shapes: Mapping[str, tuple], unit: str) -> dict[str, tuple[str, ...]]
     return {group: tuple(names) for group, names in found.items()}
 
 
-def _record(patcher, samples: Samples, forwards: int) -> ForwardRecord:
+def record_forwards(patcher, samples: Samples, forwards: int) -> ForwardRecord:
     """So many forwards: prompts in turn, steps at regular distances over the denoising."""
     steps = samples.forwards
     wanted = {j % len(samples) * steps + int((j + 0.5) * steps / forwards)

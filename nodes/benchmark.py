@@ -18,6 +18,7 @@ class BenchmarkModel(io.ComfyNode):
             node_id="QuantTuneBenchmarkModel",
             display_name="Benchmark Model",
             category="QuantTune/measure",
+            is_output_node=True,
             description="Times one denoising step of up to four models on this machine, in turns "
                         "so that nothing else on it favours one, with memory and pictures an "
                         "hour. Differences are ratios to the first model.",

@@ -16,6 +16,7 @@ class CheckQuantizedModel(io.ComfyNode):
             node_id="QuantTuneCheckModel",
             display_name="Check Quantized Model",
             category="QuantTune/measure",
+            is_output_node=True,
             description="Is a quantized model in order? Looks at its tensors, runs it from noise "
                         "to picture, measures memory, compares it with the float model if that is "
                         "connected, makes a picture, and says what it thinks.",

@@ -23,6 +23,7 @@ class LayerSensitivity(io.ComfyNode):
             node_id="QuantTuneLayerSensitivity",
             display_name="Layer Sensitivity",
             category="QuantTune/measure",
+            is_output_node=True,
             description="Quantizes one layer of a float model at a time and measures how far its "
                         "output moves, over prompts and timesteps: which layers must keep their "
                         "bits, and when. 'Bit Plan' makes a mixed precision of it.",

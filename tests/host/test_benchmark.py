@@ -26,13 +26,13 @@ def test_models_take_turns(monkeypatch):
 
     source = models.small_model()
     quantized, _ = quantize(source, 4)
-    order, step = [], benchmark._step
+    order, step = [], benchmark.one_step
 
     def count(patcher, *args):
         order.append(patcher is quantized)
         return step(patcher, *args)
 
-    monkeypatch.setattr(benchmark, "_step", count)
+    monkeypatch.setattr(benchmark, "one_step", count)
     found = measure([("float", source), ("4 bits", quantized)])
     assert order == [False, False, True, True] + [False, True] * 4
     assert [len(c.seconds) for c in found.costs] == [3, 3]

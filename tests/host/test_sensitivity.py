@@ -38,14 +38,14 @@ def measure(model, latent=None, positive=None, **options):
 def test_as_quantizing_that_layer_alone(model, layer):
     from quanttune.host.quantize import quantizable_layers
     from quanttune.host.samples import Samples
-    from quanttune.host.sensitivity import SensitivitySettings, _record
+    from quanttune.host.sensitivity import SensitivitySettings, record_forwards
     from quanttune.quant import QuantSpec
 
     found = measure(model, precisions=("4",))
     width = model.model.model_config.unet_config["context_dim"]
     how = SensitivitySettings(forwards=4, samples=8, steps=4)
-    record = _record(model, Samples({"samples": torch.zeros(1, 4, 8, 8)}, conditioning(width), [],
-                                    how), 4)
+    samples = Samples({"samples": torch.zeros(1, 4, 8, 8)}, conditioning(width), [], how)
+    record = record_forwards(model, samples, 4)
     rest = set(quantizable_layers(model.model)) - {layer}
     from quanttune.host.quantize import quantize_model
 

@@ -1,0 +1,89 @@
+"""The Pareto front of a small MODEL."""
+
+import pytest
+import torch
+
+from quanttune.tests.host import models
+from quanttune.tests.host.models import quantize
+from quanttune.tests.host.test_sensitivity import conditioning, measure
+
+
+@pytest.fixture(autouse=True)
+def _inference(comfy_inprocess):
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def model():
+    return models.small_model()
+
+
+class Decoder:
+    """Stands in for a VAE: the host's IMAGE from the first three channels of a latent."""
+
+    def decode(self, latent):
+        pixels = latent[:, :3].movedim(1, -1).sigmoid()
+        return pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+
+def run(model, vae=None, sensitivity=None, **candidates):
+    from quanttune.host.pareto import Candidates, pareto
+    from quanttune.host.sensitivity import SensitivitySettings
+
+    how = SensitivitySettings(forwards=4, samples=8, steps=4)
+    return pareto(model, vae, {"samples": torch.zeros(1, 4, 8, 8)}, conditioning(24), [], how,
+                  Candidates(**{"bits": (8, 4), "int8": False, "rounds": 1, **candidates}),
+                  sensitivity)
+
+
+def test_sizes_and_errors(model):
+    points = {p.name: p for p in run(model, Decoder(), pictures=2)}
+    assert list(points) == ["float", "8 bits", "4 bits"]
+    assert points["float"].error == 0 and points["float"].ssim == 1.0
+    assert points["8 bits"].error < points["4 bits"].error
+    assert points["8 bits"].ssim > points["4 bits"].ssim
+    assert 8 < points["8 bits"].bits < 10 and points["float"].bits == 16
+    assert all(p.time > 0 for p in points.values())
+
+
+def test_searched_plans_beat_uniform_bits_of_their_size(model):
+    found = measure(model, precisions=("8", "4", "2"))
+    uniform = {p.name: p for p in run(model)}["4 bits"]
+    plan = {p.name: p for p in run(model, sensitivity=found,
+                                   budgets=(uniform.bits,))}[f"plan {uniform.bits:g}"]
+    assert plan.bits <= uniform.bits and plan.error < uniform.error
+
+
+@pytest.mark.parametrize("text,expected", [("", ()), ("3, 4 5,3", (3.0, 4.0, 5.0)), ("8", (8.0,))])
+def test_budgets(text, expected, comfy_inprocess):
+    from quanttune.host.pareto import budgets_of
+
+    assert budgets_of(text) == expected
+
+
+@pytest.mark.parametrize("options,match", [
+    ({"budgets": (4.0,)}, "need a sensitivity"), ({"pictures": 1}, "need a VAE"),
+    ({"bits": ()}, "nothing to compare"),
+])
+def test_refusals(model, options, match):
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match=match):
+        run(model, **options)
+
+
+@pytest.mark.parametrize("word", ["x", "0", "nan", "17"])
+def test_bad_budgets(word):
+    from quanttune.host.pareto import budgets_of
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match=f"'{word}' among the budgets"):
+        budgets_of(f"4, {word}")
+
+
+def test_a_quantized_model_is_refused(model):
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match="quantized already"):
+        run(quantize(model)[0])
