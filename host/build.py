@@ -120,6 +120,25 @@ def adopt(source, built, disable_dynamic: bool = False):
     return clone
 
 
+def resident(patcher):
+    """A clone of a MODEL whose weights the host does not stream (dynamic VRAM).
+
+    Integer products and measurements need the weights where they are computed with. A copy is made
+    only where the host streams them; the integers of a quantized MODEL are shared in any case.
+
+    Raises QuantTuneError for a MODEL that cannot be loaded a second time.
+    """
+    if not patcher.is_dynamic():
+        return patcher.clone()
+    if patcher.cached_patcher_init is None:
+        raise QuantTuneError("This MODEL cannot be taken out of ComfyUI's dynamic VRAM, since its "
+                             "loader does not say how; start ComfyUI with --disable-dynamic-vram.")
+    if quantized_model(patcher) is None:
+        return patcher.clone(disable_dynamic=True)
+    factory, arguments = patcher.cached_patcher_init[:2]
+    return adopt(patcher, factory(*arguments, disable_dynamic=True), disable_dynamic=True)
+
+
 def _choose_dtypes(checkpoint, config, load_device):
     supported = list(config.supported_inference_dtypes)
     parameters = sum(w.numel for w in checkpoint.layers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -147,6 +148,9 @@ def _start_host(device: str) -> None:
         raise QuantTuneError(f"The device is {device!r}, but it has to be auto, cpu or cuda.")
     args.cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     args.use_pytorch_cross_attention = True
+    if not args.cpu and torch.cuda.is_available():
+        # Before the host chooses: under `accelerate launch` each process has a card of its own.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _load(base: Mapping[str, Any]):

@@ -11,7 +11,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from ..quant import QuantSpec, QuantTuneError, keep_float
 from ..quant.int8 import Granularity
 from . import int8_speed
-from .build import load_model, quantized_model
+from .build import load_model, quantized_model, resident
 from .int8 import OPTION, Int8Mode, backend_for
 from .layout import is_uniform
 from .ops import scaled_layers
@@ -63,11 +63,12 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
     if quantized_model(patcher) is None:
         kept = kept_layers(quantizable_layers(patcher.model), layers)
         quantized, report = quantize_model(
-            patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None))
+            patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None),
+            disable_dynamic=True)
         chosen = _integer_layers(quantized).keys()
         lines.append(str(report))
     else:
-        quantized = patcher.clone()
+        quantized = resident(patcher)
         if dtype is not None and dtype != _computes_in(quantized):
             quantized.set_model_compute_dtype(dtype)
         own = _integer_layers(quantized)

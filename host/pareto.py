@@ -90,6 +90,9 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     if not ways:
         raise QuantTuneError("There is nothing to compare; switch on some bits or write budgets.")
     samples = Samples(latent, positive, negative, how)
+    if candidates.pictures and not samples.generates:
+        raise QuantTuneError("Pictures are made from noise; connect 'Empty Latent Image', or set "
+                             "pictures to 0.")
     layers = {n: m.weight.numel() for n, m in quantizable_layers(patcher.model).items()}
     numel = sum(layers.values())
     bar = comfy.utils.ProgressBar(len(ways) + 1, node_id=node_id)
@@ -112,6 +115,7 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
                             _time(patcher, model, samples, how.cfg, candidates.rounds), error,
                             alike))
         bar.update(1)
+        del model, quantized  # before the next one is made
     return points
 
 
@@ -123,6 +127,9 @@ def _ways(patcher, candidates: Candidates, sensitivity, range_: str) -> dict[str
             patcher, QuantSpec(b, range=range_))[0]
     for budget in candidates.budgets:
         plan, _ = bit_plan(patcher, SEARCHED, sensitivity, budget)
+        if plan.kept() == set(plan.bits):
+            raise QuantTuneError(f"A budget of {budget:g} bits leaves every layer in float, which "
+                                 "is compared in any case; ask for less.")
         ways[f"plan {budget:g}"] = lambda p=plan: quantize_model(
             patcher, QuantSpec(4, range=range_), plan=p)[0]
     if candidates.int8:

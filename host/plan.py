@@ -48,6 +48,8 @@ def _report(plan: BitPlan, shapes: dict, parts: dict, expected: float | None) ->
     lines = [f"{plan.label}: {total / 2**20:.1f} MiB of weights "
              f"({8 * total / (floats / 2):.2f} bits each on average, float16 takes "
              f"{floats / 2**20:.1f} MiB)."]
+    if plan.kept() == set(plan.bits):
+        lines.append("Nothing is quantized: use the model as it is.")
     if expected is not None:
         lines.append(f"Expected error of the output: {100 * expected:.1f} %, if the layers' errors "
                      "add up as independent ones do.")

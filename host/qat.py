@@ -28,7 +28,7 @@ from .quantize import model_over
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
 from .samples import Samples
-from .train import forget_run, run_folder, stopped, tell
+from .train import replaced, run_folder, stopped, tell
 from .training import checkpointed, training_copy
 
 HELD_OUT = 8
@@ -136,9 +136,8 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         examples = repr((samples.key(), asdict(how), identity_of(reference)))
         student = HostStudent(denoiser, mode, record, floats,
                               hashlib.sha256(examples.encode()).hexdigest())
-        if anew:
-            forget_run(name)
-        trainer = QatTrainer(student, config, folder)
+        with replaced(name, anew):
+            trainer = QatTrainer(student, config, folder)
         message = trainer.run(_Watcher(config.steps, node_id))
         learnt = {n: layer.export() for n, layer in student.layers.items()}
     result = _exported(patcher, learnt)
@@ -238,7 +237,7 @@ def _exported(patcher, learnt: dict):
         replace(checkpoint.metadata, fingerprint="", calibration={
             **checkpoint.metadata.calibration, "trained": True}),
         layers, checkpoint.floats, ActivationRanges(ranges))
-    result = model_over(patcher, trained, own.name)
+    result = model_over(patcher, trained, own.name, disable_dynamic=True)
     options = result.model_options["transformer_options"]
     options[OPTION] = replace(mode, ranges=trained.ranges, model=result.model)
     return result

@@ -30,7 +30,7 @@ ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none",
                    name: str = "model", split_shortcuts: bool = True, dtypes: tuple | None = None,
                    rounded: Mapping[str, QuantizedWeight] | None = None,
-                   plan: BitPlan | None = None):
+                   plan: BitPlan | None = None, disable_dynamic: bool = False):
     """Quantize every Linear and Conv2d of a MODEL's diffusion model except those kept in float.
 
     Args:
@@ -45,6 +45,8 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         rounded: weights that were quantized already, by layer name (error feedback).
         plan: bits of single layers, in place of those of ``spec``; what it keeps in float is kept
             beside ``keep``.
+        disable_dynamic: keep the host from streaming its weights (dynamic VRAM), for integer
+            products, which need them where they are multiplied.
 
     Returns:
         ``(MODEL, report)``; patches (LoRA), wrappers and sampling changes of the source carry
@@ -110,17 +112,18 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         "range": str(getattr(spec.range, "value", spec.range)), "keep": keep,
         "split_shortcuts": split_shortcuts, **({"plan": plan.label} if plan is not None else {})})
 
-    return model_over(patcher, checkpoint, name, dtypes), report
+    return model_over(patcher, checkpoint, name, dtypes, disable_dynamic), report
 
 
-def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None):
+def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,
+               disable_dynamic: bool = False):
     """A clone of a MODEL, its patches and sampling changes included, over other weights.
 
     Args:
         patcher: a MODEL of the same architecture, float or quantized.
         checkpoint: the weights.
         name: what to call the model.
-        dtypes: as in `quantize_model`.
+        dtypes, disable_dynamic: as in `quantize_model`.
     """
     source = patcher.model
     # The shared model may still carry a clone's object patch from the last sampling.
@@ -128,7 +131,8 @@ def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tupl
            for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
     own_cast = own.pop("manual_cast_dtype")
     dtypes = dtypes or (source.get_dtype(), own_cast)
-    return adopt(patcher, build_model(checkpoint, name, dtypes, own))
+    built = build_model(checkpoint, name, dtypes, own, disable_dynamic)
+    return adopt(patcher, built, disable_dynamic)
 
 
 def quantizable_layers(source) -> dict[str, torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from ..metrics.sensitivity import INT8, PRECISIONS, Sensitivity, bits_of
 from ..quant import QuantizedWeight, QuantSpec, QuantTuneError, shortcut_splits
 from ..quant.groups import group_of
 from ..quant.int8 import quantize_tensor
-from .build import quantized_model
+from .build import quantized_model, resident
 from .calibrate import identity_of
 from .observe import ForwardRecord
 from .quantize import quantizable_layers
@@ -22,6 +23,8 @@ from .routing import buckets_of
 from .samples import Samples
 
 UNITS = ("layer", "group")
+BROKEN = 1e6
+"""Squared error that stands for an output that is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     if quantized_model(patcher) is not None:
         raise QuantTuneError("This MODEL is quantized already; connect the float model, whose "
                              "layers are quantized one at a time.")
+    patcher = resident(patcher)
     layers = quantizable_layers(patcher.model)
     shapes = {name: tuple(m.weight.shape) for name, m in layers.items()}
     splits = shortcut_splits(shapes)
@@ -93,6 +97,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
         _DONE.clear()
     done = _DONE.setdefault(key, {})
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    dtype = patcher.model.manual_cast_dtype or torch.float16
     modules = dict(patcher.model.diffusion_model.named_modules())
     bar = comfy.utils.ProgressBar(len(units) * len(how.precisions), node_id=node_id)
     rows = []
@@ -101,7 +106,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
             if (unit, precision) not in done:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 own = {n: modules[n] for n in names}
-                with _quantized(own, precision, how.range, splits, patcher.load_device):
+                with _quantized(own, precision, how.range, splits, patcher.load_device, dtype):
                     done[unit, precision] = _errors(patcher, record)
             rows.append(done[unit, precision])
             bar.update(1)
@@ -124,12 +129,17 @@ def _units(shapes: Mapping[str, tuple], unit: str) -> dict[str, tuple[str, ...]]
 
 def record_forwards(patcher, samples: Samples, forwards: int) -> ForwardRecord:
     """So many forwards: prompts in turn, steps at regular distances over the denoising."""
-    steps = samples.forwards
-    wanted = {j % len(samples) * steps + int((j + 0.5) * steps / forwards)
-              for j in range(forwards)} if samples.generates else set(range(forwards))
-    record = ForwardRecord(wanted.__contains__)
+    steps, count = samples.forwards, len(samples)
+    if samples.generates:
+        indices = range(count)
+        wanted = {j % count * steps + int((j + 0.5) * steps / forwards) for j in range(forwards)}
+    else:
+        # Given latents are noised to timesteps that rise with the index.
+        indices = sorted({int((j + 0.5) * count / forwards) for j in range(forwards)})
+        wanted = None
+    record = ForwardRecord(None if wanted is None else wanted.__contains__)
     with record.recording(patcher.model.diffusion_model):
-        for index in range(len(samples)):
+        for index in indices:
             samples.run(patcher, index)
     if not record.calls:
         raise QuantTuneError("The model was not run once; use more samples or fewer forwards.")
@@ -153,14 +163,18 @@ def _errors(patcher, record: ForwardRecord) -> list[float]:
     for index, (_, _, output) in enumerate(record.calls):
         again = record.again(index, patcher, options).float().cpu()
         norm = float(output.square().sum())
-        found.append(float((again - output).square().sum()) / max(norm, 1e-30))
+        error = float((again - output).square().sum()) / max(norm, 1e-30)
+        found.append(error if math.isfinite(error) else BROKEN)
     return found
 
 
 @contextmanager
 def _quantized(modules: Mapping[str, torch.nn.Module], precision: str, range_: str,
-               splits: Mapping[str, int], device) -> Iterator[None]:
-    """Some layers of the loaded model with quantized weights, and inputs for `INT8`, inside."""
+               splits: Mapping[str, int], device, dtype) -> Iterator[None]:
+    """Some layers of the loaded model with quantized weights, and inputs for `INT8`, inside.
+
+    ``dtype`` is for weights that are stored in fp8, which would be rounded to that again.
+    """
     originals, hooks = {}, []
     spec = QuantSpec(bits_of(precision), symmetric=precision == INT8,
                      range="minmax" if precision == INT8 else range_)
@@ -168,7 +182,8 @@ def _quantized(modules: Mapping[str, torch.nn.Module], precision: str, range_: s
         for name, module in modules.items():
             weight = originals[name] = module._parameters["weight"]
             packed = QuantizedWeight.quantize(weight.to(device).float(), spec, splits.get(name))
-            changed = packed.dequantize().to(weight.device, weight.dtype)
+            kept = weight.dtype if weight.dtype.itemsize > 1 else dtype
+            changed = packed.dequantize().to(weight.device, kept)
             module._parameters["weight"] = torch.nn.Parameter(changed, requires_grad=False)
             if precision == INT8:
                 hooks.append(module.register_forward_pre_hook(_rounded(splits.get(name))))

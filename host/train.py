@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +78,25 @@ def run_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / RUNS / name
 
 
-def forget_run(name: str) -> None:
-    """Delete what is there of a run, so that it starts anew."""
+@contextmanager
+def replaced(name: str, anew: bool) -> Iterator[None]:
+    """With ``anew``, put a run aside while another is set up in its place; delete it then.
+
+    If that fails, the run is as it was.
+    """
     folder = run_folder(name)
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    if not anew or not folder.is_dir():
+        yield
+        return
+    aside = folder.with_name(f".{name}.{secrets.token_hex(4)}.old")
+    folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_state(name: str) -> str:
@@ -113,14 +130,19 @@ def train(
             base_fingerprint=denoiser.fingerprint, base_name=quantized.name, subject=subject,
             bits=max(set(bits), key=bits.count),
             extra={"mode": config.mode, "settings": config.asdict()})
-        if anew:
-            forget_run(name)
-        trainer = ScaleTrainer(denoiser, data, config, run_folder(name), metadata, empty, trackers)
+        with replaced(name, anew):
+            trainer = ScaleTrainer(denoiser, data, config, run_folder(name), metadata, empty,
+                                   trackers)
         watcher = _Watcher(denoiser, config, validation, run_folder(name), node_id)
         watcher.start(trainer)
         result = trainer.run(watcher)
         if validation and watcher.last != trainer.step and result.finished:
-            watcher.look(trainer)
+            try:
+                watcher.look(trainer)
+            except (comfy.model_management.InterruptProcessingException,
+                    torch.OutOfMemoryError):
+                logging.warning(f"The last validation pictures of '{name}' were not made; the "
+                                "scales are complete.")
     steps, losses = zip(*[(r.step, r.loss) for r in result.history]) if result.history else ((), ())
     title = f"{config.mode}: {name}"
     return Outcome(result, loss_chart(steps, losses, title=title), watcher.grid(),

@@ -85,6 +85,8 @@ class HostDenoiser:
 
     def routed(self, timesteps: Tensor) -> Tensor:
         """Shares of T of what the model is given at timesteps in 0..T (a flow model's shift)."""
+        if self.device.type == "mps":
+            timesteps = timesteps.float()
         given = self.base.model_sampling.timestep(self.sigma(timesteps.to(self.device)))
         return torch.as_tensor(self._convert(given)).cpu().double() / self.num_timesteps
 
@@ -96,11 +98,11 @@ class HostDenoiser:
     def denoise(self, noised: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor],
                 scales: Mapping[str, LayerScales], checkpointing: bool = False) -> Tensor:
         """One row of the diffusion model a sample; differentiable in ``scales``."""
-        if not self._proven:
-            self._prove(noised[..., :PROBE, :PROBE], sigma, conditions, scales)
-            self._proven = True
         options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
         try:
+            if not self._proven:
+                self._prove(noised[..., :PROBE, :PROBE], sigma, conditions, scales, options)
+                self._proven = True
             with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
                 return self.base.apply_model(noised, sigma, **conditions,
                                              transformer_options=options)
@@ -114,13 +116,12 @@ class HostDenoiser:
                 f"({reason}); connect latents and conditioning that were made for this model."
             ) from error
 
-    def _prove(self, noised, sigma, conditions, scales) -> None:
+    def _prove(self, noised, sigma, conditions, scales, options) -> None:
         """Differentiate a small forward of a family that is not known to allow it.
 
         Some change activations in place. Autograd says so, but not where they are recomputed:
         there gradients would be silently wrong.
         """
-        options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
         trained = [t for s in scales.values() for t in (s.r_out, s.s_in)
                    if t is not None and t.requires_grad]
         try:
@@ -128,7 +129,8 @@ class HostDenoiser:
                                            transformer_options=options)
             torch.autograd.grad(output.square().sum(), trained, allow_unused=True)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) or not any(
+                    word in str(error) for word in ("inplace", "in-place", "autograd")):
                 raise
             raise self._not_differentiable(error) from error
 

@@ -155,10 +155,23 @@ class TrainingLoop(ABC):
 
     def _keep(self) -> str:
         """Save what was learnt before a step that failed; the middle of a sentence about it."""
-        if self.step != self._saved:
-            self.save()
-        left = self.leave() if self.accelerator.is_main_process else None
+        left = None
+        if self.healthy():
+            if self.step != self._saved:
+                self.save()
+            if self.accelerator.is_main_process:
+                try:
+                    left = self.leave()
+                except QuantTuneError as error:
+                    logging.warning(str(error))
+        if self.accelerator.num_processes > 1:
+            # A launcher ends all processes when the first one fails.
+            self.accelerator.wait_for_everyone()
         return f"; what was learnt in {self.step} steps is in {left}." if left else "."
+
+    def healthy(self) -> bool:
+        """Whether what was learnt so far is finite."""
+        return True
 
     def leave(self) -> Path | None:
         """Write what was learnt so far for the user of a run that cannot go on; its file."""

@@ -28,7 +28,7 @@ def leave_together(accelerator) -> None:
 def from_first(accelerator, make):
     """What ``make`` gives in the first process, in all of them; machines may share no disk.
 
-    Raises whatever `QuantTuneError` it raised there, in all of them.
+    Raises QuantTuneError in all of them if it failed there.
     """
     if accelerator.num_processes == 1:
         return make()
@@ -38,8 +38,8 @@ def from_first(accelerator, make):
     if accelerator.is_main_process:
         try:
             found[0] = make()
-        except QuantTuneError as error:
-            found[1] = str(error)
+        except Exception as error:  # the others wait for this process's word
+            found[1] = str(error) or type(error).__name__
     value, wrong = broadcast_object_list(found)
     if wrong is not None:
         raise QuantTuneError(wrong)

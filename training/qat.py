@@ -148,6 +148,10 @@ class QatTrainer(TrainingLoop):
             found.append(int(torch.randperm(count, generator=generator)[position]))
         return found
 
+    def healthy(self) -> bool:
+        """See `TrainingLoop.healthy`."""
+        return all(bool(p.isfinite().all()) for p in self.parameters)
+
     def settings(self) -> dict:
         """See `TrainingLoop.settings`."""
         return asdict(self.config)

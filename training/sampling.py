@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ALIKE = 2e-3
+"""Difference of two intervals, as shares of T, that does not count: a timestep or two."""
 ROUND = 16
 """Turns a round has for each expert where their intervals differ in length."""
 
@@ -111,7 +113,7 @@ class TimestepSampler:
     def _turns(self, active: list[int]) -> list[int]:
         """One round: each expert once if their intervals are alike, else in proportion."""
         lengths = [high - low for low, high in map(self.interval, active)]
-        if max(lengths) - min(lengths) < 1e-6:
+        if max(lengths) - min(lengths) < ALIKE:
             return active
         places = ROUND * len(active)
         ends = torch.tensor(lengths, dtype=torch.float64).cumsum(0) / sum(lengths)

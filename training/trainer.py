@@ -268,9 +268,13 @@ class ScaleTrainer(TrainingLoop):
         """See `TrainingLoop.settings`."""
         return self.config.asdict()
 
+    def healthy(self) -> bool:
+        """See `TrainingLoop.healthy`."""
+        return all(bool(p.isfinite().all()) for p in self.scales.parameters())
+
     def leave(self) -> Path | None:
         """See `TrainingLoop.leave`."""
-        if not self.step or not all(bool(p.isfinite().all()) for p in self.scales.parameters()):
+        if not self.step:
             return None
         path = self.folder / KEPT
         save_scale_set(path, self.scale_set())

@@ -144,7 +144,12 @@ class Int8Layer:
         """``x * s_in`` in 8 bits, as tokens ``[n, in]`` or as images, channels last."""
         qparams = None if self.static is None else self.static[part]
         columns = self.parts[part].columns
-        shares = self.shared is not None and s_in is None and not torch.compiler.is_compiling()
+        shares = (
+            self.shared is not None
+            and s_in is None
+            and len(self.parts) == 1
+            and not torch.compiler.is_compiling()
+        )
         # Equal ranges are one object (`ranges.ActivationRanges.select`).
         how = (self.granularity if qparams is None else id(qparams)) if shares else None
         known = self.shared.get(x, how) if shares else None
@@ -177,11 +182,13 @@ class _Part:
         self.handle = op.register(self.prepared)
 
     def __call__(self, q: QuantizedActivation, out_scale, bias, dtype) -> Tensor:
+        # What an offset adds may be far larger than the sum: both in float32.
+        kind = dtype if self.offset is None else torch.float32
         if torch.compiler.is_compiling():
-            y = op.product(q, out_scale, bias, self.handle, dtype, self.conv)
+            y = op.product(q, out_scale, bias, self.handle, kind, self.conv)
         else:
-            y = self.prepared(q, out_scale, bias, dtype)
-        return y if self.offset is None else y + self._offset(q, out_scale).to(dtype)
+            y = self.prepared(q, out_scale, bias, kind)
+        return y if self.offset is None else (y + self._offset(q, out_scale)).to(dtype)
 
     def _offset(self, q: QuantizedActivation, out_scale: Tensor) -> Tensor:
         """``out_scale * offset`` times the sum of the activations that each output reads."""

@@ -254,6 +254,28 @@ def test_it_can_be_saved_and_asked_for_again(host_folders):
     assert torch.equal(models.forward(loaded, arguments), expected)
 
 
+def test_weights_stay_where_they_are_multiplied(monkeypatch):
+    """Dynamic VRAM, which needs a card, would keep them elsewhere: both ways in avoid it."""
+    import comfy.model_patcher
+
+    from quanttune.tests.host.models import quantize
+
+    class Streaming(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Streaming)
+    source = models.small_model()
+    assert source.is_dynamic()
+    quantized, _ = quantize(source, 8)
+    assert quantized.is_dynamic()
+    for given in (source, quantized):
+        model, _ = fast(given)
+        assert not model.is_dynamic()
+        models.forward(model, models.inputs(model))
+        assert integer_layers(model) > 100
+
+
 def test_without_a_backend_it_says_so_and_computes_in_float(monkeypatch, caplog):
     from quanttune.host import int8
 

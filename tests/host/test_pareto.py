@@ -82,6 +82,14 @@ def test_bad_budgets(word):
         budgets_of(f"4, {word}")
 
 
+def test_a_budget_that_quantizes_nothing_is_told_first(model):
+    from quanttune.quant import QuantTuneError
+
+    found = measure(model, precisions=("4",), unit="group")
+    with pytest.raises(QuantTuneError, match="16 bits leaves every layer in float"):
+        run(model, sensitivity=found, budgets=(5.0, 16.0))
+
+
 def test_a_quantized_model_is_refused(model):
     from quanttune.quant import QuantTuneError
 

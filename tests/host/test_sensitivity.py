@@ -74,6 +74,44 @@ def test_fewer_bits_hurt_more_and_buckets_are_filled(model):
     assert not found.error.isnan().any()
 
 
+def test_given_latents_are_noised_to_all_timesteps(model):
+    latent = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+    found = measure(model, latent, precisions=("4",), unit="group", samples=40)
+    assert found.forwards == (2, 2)
+
+
+def test_an_output_that_is_not_finite_counts_as_the_worst(model, monkeypatch):
+    from quanttune.host import sensitivity
+
+    sensitivity._DONE.clear()
+    again = sensitivity.ForwardRecord.again
+    monkeypatch.setattr(sensitivity.ForwardRecord, "again",
+                        lambda *args: again(*args) * float("nan"))
+    found = measure(model, precisions=("2",), unit="group")
+    sensitivity._DONE.clear()
+    assert float(found.mean().min()) == sensitivity.BROKEN
+
+
+def test_models_that_the_host_streams_are_measured_on_a_copy(model, monkeypatch):
+    """Stands in for dynamic VRAM, which needs a card: its patcher says that it streams."""
+    import comfy.model_patcher
+
+    from quanttune.host import sensitivity
+
+    copies = []
+
+    class Streaming(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    model.__class__ = Streaming
+    model.cached_patcher_init = (
+        lambda disable_dynamic: copies.append(disable_dynamic) or models.small_model(), ())
+    sensitivity._DONE.clear()
+    measure(model, precisions=("4",), unit="group")
+    assert copies == [True]
+
+
 def test_groups_hold_every_layer_once(model):
     from quanttune.host.quantize import quantizable_layers
 

@@ -90,6 +90,8 @@ def test_edges_follow_what_the_model_is_given():
     assert edges_of(lambda t: t.floor() / 1000, 3, 1000) == pytest.approx((0, 0.334, 0.667, 1))
     edges = edges_of(shifted, 2, 1000)
     assert edges == pytest.approx((0, 0.25, 1), abs=1e-6)
+    thirds = sampler(num_experts=3, edges=(0, 0.334, 0.667, 1))
+    assert Counter(thirds.expert(i) for i in range(9)) == {0: 3, 1: 3, 2: 3}
     s = sampler(num_experts=2, edges=edges)
     for i in range(64):
         routed = shifted(s.timesteps(i, 1).double())

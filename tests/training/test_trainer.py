@@ -254,6 +254,20 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
     assert trainer(tmp_path).run().history == whole.history
 
 
+def test_scales_that_are_broken_do_not_replace_the_last_good_state(tmp_path):
+    run = trainer(tmp_path, Poisoned(7), toy_set())
+
+    def spoil(progress):
+        if progress.record.step == 7:
+            with torch.no_grad():
+                next(iter(run.scales.parameters())).fill_(float("inf"))
+
+    with pytest.raises(QuantTuneError, match="step 8"):
+        run.run(spoil)
+    assert load_state(tmp_path)["step"] == 5
+    assert not (tmp_path / "scales-before-the-error.safetensors").exists()
+
+
 def test_nan_before_anything_is_learnt_leaves_no_file(tmp_path):
     with pytest.raises(QuantTuneError, match=r"step 1 is nan\. Start it anew"):
         trainer(tmp_path, Poisoned(0), toy_set(), save_every=0).run()
