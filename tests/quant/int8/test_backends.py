@@ -20,8 +20,8 @@ from quanttune.quant.int8 import (
 CPU = torch.device("cpu")
 HERE = [b for b in BACKENDS if b.refuses(CPU, None, (64, 64)) is None]
 each_backend = pytest.mark.parametrize("backend", HERE, ids=[b.name for b in HERE])
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-"""Relative to the largest output or bias: the rounding of the result's dtype."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative to the largest output or bias: two roundings to the result's dtype."""
 
 
 def weight(shape, seed=0):
