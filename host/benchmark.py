@@ -57,7 +57,7 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise QuantTuneError(f"The model '{name}' cannot run on this latent and conditioning "
                                  f"({reason}); connect models of one family.") from error
-        _wait(device)
+        wait_for(device)
         bar.update(1)
         return time.perf_counter() - start
 
@@ -81,7 +81,7 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
     for _ in range(runs):
         for own, (name, patcher) in zip(seconds, models):
             management.load_models_gpu([patcher])
-            _wait(device)
+            wait_for(device)
             own.append(step(name, patcher))
     costs = tuple(Cost(name, tuple(own), warm, patcher.model_size(), peak)
                   for (name, patcher), own, warm, peak in zip(models, seconds, first, peaks))
@@ -98,7 +98,8 @@ def one_step(patcher, samples, positive, negative, cfg) -> None:
                                disable_pbar=True, seed=0)
 
 
-def _wait(device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a graphics card has done all that it was told; a processor has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

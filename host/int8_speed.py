@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..quant import QuantizedWeight, QuantSpec
 from ..quant.int8 import BACKENDS, ConvGeometry, Int8Layer, choose
+from .benchmark import wait_for
 
 ROUNDS = 3
 CASES = {
@@ -81,18 +82,14 @@ def _floats(weight, x, dtype):
 
 
 def _fastest(ways: dict, device: torch.device) -> dict:
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     best = dict.fromkeys(ways, float("inf"))
     for run in ways.values():
         run()
-    wait()
+    wait_for(device)
     for _ in range(ROUNDS):
         for name, run in ways.items():
             start = time.perf_counter()
             run()
-            wait()
+            wait_for(device)
             best[name] = min(best[name], time.perf_counter() - start)
     return best

@@ -16,7 +16,7 @@ from ..metrics.sensitivity import Sensitivity
 from ..metrics.similarity import ssim
 from ..quant import QuantSpec, QuantTuneError
 from ..quant.plan import FLOAT_BYTES
-from .benchmark import one_step
+from .benchmark import one_step, wait_for
 from .build import quantized_model
 from .dynamic_int8 import dynamic_int8
 from .plan import SEARCHED, bit_plan
@@ -151,12 +151,10 @@ def _time(reference, patcher, samples: Samples, cfg: float, rounds: int) -> floa
 
     def step(model):
         management.load_models_gpu([model])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         start = time.perf_counter()
         one_step(model, samples.latent, samples.positive[0], samples.negative, cfg)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     step(reference), step(patcher)

@@ -1,7 +1,20 @@
-"""Inputs that several nodes have: how the host samples."""
+"""Inputs that several nodes have: what the host samples, and how."""
 
 import comfy.samplers
 from comfy_api.latest import io
+
+
+def prompt_inputs(told: str) -> tuple:
+    """CLIP, positive, negative and prompts; ``told`` is the tooltip of the prompts."""
+    return (
+        io.Clip.Input("clip", optional=True,
+                      tooltip="Reads the prompts below; not needed with 'positive'."),
+        io.Conditioning.Input("positive", optional=True,
+                              tooltip="Prompts in place of, or beside, those below."),
+        io.Conditioning.Input("negative", optional=True,
+                              tooltip="The negative prompt; an empty one without it."),
+        io.String.Input("prompts", multiline=True, default="", tooltip=told),
+    )
 
 
 def sampler_inputs() -> list:

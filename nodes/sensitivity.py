@@ -10,7 +10,7 @@ from ..host.sensitivity import UNITS, SensitivitySettings, layer_sensitivity
 from ..metrics.sensitivity import PRECISIONS
 from ..metrics.sensitivity_charts import group_chart, heat_map, plan_chart
 from ..quant.plan import PRESETS
-from .sampler_inputs import sampler_inputs
+from .sampler_inputs import prompt_inputs, sampler_inputs
 from .types import BIT_PLAN, SENSITIVITY
 
 
@@ -33,14 +33,7 @@ class LayerSensitivity(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The size to measure at ('Empty Latent Image'); "
                                                   "smaller is faster and ranks the layers alike. "
                                                   "Or latents of pictures ('VAE Encode')."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="Reads the prompts below; not needed with 'positive'."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts in place of, or beside, those below."),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="The negative prompt; an empty one without it."),
-                io.String.Input("prompts", multiline=True, default="",
-                                tooltip="One prompt a line, used in turn."),
+                *prompt_inputs("One prompt a line, used in turn."),
                 *[io.Boolean.Input(f"bits_{p}" if p.isdigit() else p, default=p in ("8", "4"),
                                    tooltip=_TOLD[p]) for p in PRECISIONS],
                 io.Combo.Input("unit", options=list(UNITS), default="layer",

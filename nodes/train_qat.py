@@ -8,7 +8,7 @@ from ..host.qat import train_qat
 from ..host.samples import conditioning_of
 from ..host.train import run_state
 from ..training.qat import QatTraining
-from .sampler_inputs import sampler_inputs
+from .sampler_inputs import prompt_inputs, sampler_inputs
 from .train_scales import ANEW, CONTINUE
 
 
@@ -34,15 +34,8 @@ class TrainQat(io.ComfyNode):
                                                   "the float model generates from noise. Or "
                                                   "latents of pictures, to which noise is "
                                                   "added."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="Reads the prompts below; not needed with 'positive'."),
-                io.Conditioning.Input("positive", optional=True,
-                                      tooltip="Prompts in place of, or beside, those below."),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="The negative prompt; an empty one without it."),
-                io.String.Input("prompts", multiline=True, default="",
-                                tooltip="One prompt a line, used in turn; the more and the more "
-                                        "varied, the better."),
+                *prompt_inputs("One prompt a line, used in turn; the more and the more varied, "
+                               "the better."),
                 io.String.Input("run_name", default="my-qat",
                                 tooltip="Folder below output/quanttune_runs that holds the state "
                                         "and the losses of this run."),
