@@ -62,7 +62,7 @@ def main(argv=None):
                    "latents": {str(s): _measure(torch, machine, models, s, options)
                                for s in options.latents}}
     first = details["latents"][str(options.latents[0])]
-    summary = {k: first[k] for k in SUMMARY if k in first}
+    summary = {k: first[k] for k in SUMMARY if first.get(k) is not None}
     print(table(details, TARGETS[machine.kind]))
     if options.json:
         result = json.loads(options.json.read_text()) if options.json.exists() else {}

@@ -2,16 +2,9 @@
 
 ``python dev.py bench static_int8 [--json FILE] [-- --images 300 --samples 160]``
 
-Calibrated and trained on prompts of the starter's own captions; judged on others:
-
-- error: of the model's output against the float model's, relative, over forwards that a sampler
-  makes (both guidance rows, all noise levels),
-- SSIM (torchmetrics): of each picture with the float model's from the same noise and prompt,
-- feature distance: one minus the cosine of their features, in the classifier that was trained on
-  the starter's generator, times 1,000.
-
-float32 beside the integers, so that nothing else differs. A way that is in the JSON file already is
-not repeated.
+Calibrated and trained on prompts of the starter's own captions; judged on others, see
+`_starter_quality.StarterQuality`. float32 beside the integers, so that nothing else differs. A way
+that is in the JSON file already is not repeated.
 """
 
 from __future__ import annotations
@@ -22,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SAMPLING = {"steps": 20, "cfg": 5.0, "sampler": "dpmpp_2m", "scheduler": "karras"}
+from quanttune.benchmarks._starter_quality import SAMPLING, StarterQuality
+
 BUCKETS = (1, 4)
 ESTIMATORS = ("minmax", "percentile", "mse", "entropy")
 
@@ -51,16 +45,18 @@ def main(argv=None):
 
 
 class Bench:
-    """The starter, its float pictures, and the ways."""
+    """The starter and the ways of quantizing it.
+
+    Args:
+        options: ``images``, ``samples``, ``steps`` and ``json`` of the command line.
+
+    Attributes:
+        quality: what judges them.
+        ways: name to a function that makes the MODEL.
+        runs: name to what was measured.
+    """
 
     def __init__(self, options):
-        from quanttune.host.calibrate import Calibration
-        from quanttune.host.observe import ForwardRecord
-        from quanttune.host.samples import Samples, conditioning_of
-        from quanttune.starter.classifier import load_classifier
-        from quanttune.starter.evaluate import held_out_prompts
-        from quanttune.starter.load import load_starter
-
         self.options = options
         self.settings = {k: getattr(options, k) for k in ("images", "samples", "steps")}
         self.runs: dict[str, dict] = {}
@@ -68,20 +64,7 @@ class Bench:
             found = json.loads(options.json.read_text())
             if found["settings"] == self.settings:
                 self.runs = found["runs"]
-        self.model, self.clip, self.vae = load_starter()
-        self.judge = load_classifier()
-        prompts = [text for _, text in held_out_prompts(40 + options.images)]
-        self.conditioning = conditioning_of(self.clip, "\n".join(prompts[:32]), None, None)
-        self.prompts = prompts[40:]
-        self.latent = {"samples": _zeros()}
-        unseen, negative = conditioning_of(self.clip, "\n".join(prompts[32:40]), None, None)
-        samples = Samples(self.latent, unseen, negative,
-                          Calibration(samples=160, seed=7000, **SAMPLING))
-        self.record = ForwardRecord(lambda number: number % 3 == 1)
-        with self.record.recording(self.model.model.diffusion_model):
-            for index in range(len(samples)):
-                samples.run(self.model, index)
-        self.pictures = None
+        self.quality = StarterQuality(options.images)
         self.ways = {
             "8 bits, ranges of the moment": lambda: self.dynamic(8),
             "8 bits, mse, 4 intervals": lambda: self.static(8),
@@ -119,7 +102,7 @@ class Bench:
         """Calibrated."""
         from quanttune.host.calibrate import calibrate
 
-        return calibrate(self.model, self.latent, *self.conditioning,
+        return calibrate(self.quality.model, self.quality.latent, *self.quality.conditioning,
                          self.calibration(bits=bits, **settings))[0]
 
     def trained(self, bits, weights=1e-2, scales=1e-3, **settings):
@@ -131,65 +114,33 @@ class Bench:
                              learning_rate=scales,
                              checkpointing=False, precision="fp32", save_every=0)
         how = self.calibration(samples=2 * self.options.samples, seed=1000)
+        quality = self.quality
         name = f"{bits}-{weights}-{scales}-{settings}".translate(
             {ord(c): "-" for c in "{}':, "}).strip("-")
-        return train_qat(self.static(bits, **settings), self.model, self.latent,
-                         *self.conditioning, how, config, name).model
+        return train_qat(self.static(bits, **settings), quality.model, quality.latent,
+                         *quality.conditioning, how, config, name).model
 
     def result(self, name) -> dict:
         """One way, from the file if it is there."""
         if name not in self.runs:
-            import comfy.model_management
-
             start = time.process_time()
             model = self.ways[name]()
             seconds = time.process_time() - start
-            comfy.model_management.load_models_gpu([model])
-            self.runs[name] = {"error": self.record.error(model), "seconds": seconds,
-                               **self.compare(model)}
+            self.runs[name] = {"seconds": seconds, **self.quality.measure(model)}
             print(f"{name:40} {self.runs[name]}", flush=True)
             if self.options.json:
                 self.options.json.write_text(json.dumps(
                     {"settings": self.settings, "runs": self.runs}, indent=1) + "\n")
         return self.runs[name]
 
-    def compare(self, model) -> dict:
-        """SSIM and feature distance of its pictures from the float model's."""
-        import torch
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        if self.pictures is None:
-            self.pictures = self.sample(self.model)
-        made, floats = self.sample(model), self.pictures
-        ssim = structural_similarity_index_measure(made, floats, data_range=1.0)
-        features = [torch.nn.functional.normalize(self.judge.embed(p), dim=1)
-                    for p in (made, floats)]
-        return {"ssim": float(ssim), "distance": float(1000 * (
-            1 - (features[0] * features[1]).sum(1)).mean())}
-
-    def sample(self, model):
-        """A picture of each prompt, ``[n, 3, H, W]``."""
-        import torch
-
-        from quanttune.starter.evaluate import generate
-
-        made = generate(model, self.clip, self.vae, self.prompts, seed=9000)
-        return torch.from_numpy(made).movedim(-1, 1)
-
-
-def _zeros():
-    import torch
-
-    return torch.zeros(1, 4, 16, 16)
-
 
 def table(runs: dict) -> str:
     """The ways beside each other, as Markdown."""
-    lines = ["", "| starter model | output error | SSIM | feature distance | s to make |",
-             "|---|---|---|---|---|"]
+    lines = ["", "| starter model | output error | SSIM | feature distance | FID | obeys | "
+             "s to make |", "|---|---|---|---|---|---|---|"]
     for name, run in runs.items():
         lines.append(f"| {name} | {run['error']:.1%} | {run['ssim']:.3f} | {run['distance']:.2f} | "
-                     f"{run['seconds']:.0f} |")
+                     f"{run['fid']:.2f} | {run['obeys']:.0%} | {run['seconds']:.0f} |")
     return "\n".join(lines)
 
 

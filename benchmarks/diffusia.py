@@ -1,0 +1,273 @@
+"""Diffusia's tables in this code: quality, cost, layer sensitivity and trade-offs.
+
+``python dev.py bench diffusia [--json FILE] [-- --parts quality cost sensitivity plans]``
+
+1. *quality*: the starter model in float32, bfloat16, INT8 by PTQ, INT8 by QAT and mixed precision,
+   judged by `_starter_quality.StarterQuality`;
+2. *cost*: the same on a full-size SD1.5 UNet with random weights, steps of the sampler with
+   guidance at 64 x 64 latents, by *Benchmark Model*;
+3. *sensitivity*: of the starter's kinds of layers, by *Layer Sensitivity*;
+4. *plans*: searched mixed precision against uniform bits of the same size, on the starter.
+
+What is in the JSON file already is not measured again. In place of LPIPS, whose weights are not at
+hand for a model of 128-pixel pictures of shapes, stands the distance of features of a classifier
+that was trained on such pictures; FID and KID are of those features, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from quanttune.benchmarks._starter_quality import SAMPLING, StarterQuality
+
+PARTS = ("quality", "sensitivity", "plans", "cost")
+SAMPLES = 160
+"""Forwards to calibrate on; QAT learns from twice as many others."""
+QAT_STEPS = 200
+BUDGETS = (8.1, 6.0, 5.0, 4.1, 3.1)
+"""Bits a weight of the searched plans, scales included: 8.1, 4.1 and 3.1 are the sizes of uniform
+8, 4 and 3 bits."""
+FP32, BF16, DYNAMIC, PTQ, QAT, MIXED = (
+    "FP32", "BF16", "INT8, dynamic", "INT8, PTQ", "INT8, QAT", "mixed: INT8 convolutions, BF16")
+
+
+def main(argv=None):
+    """Measure what is missing, print the tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--runs", type=int, default=10, help="timed steps of the cost")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(argv)
+    from quanttune.benchmarks.quantized_unet import start_host
+
+    start_host(cpu=True)
+    import folder_paths
+    import torch
+
+    torch.set_num_threads(options.threads)
+    results = Results(options.json)
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        folder_paths.set_output_directory(folder)
+        if set(options.parts) - {"cost"}:
+            starter = Starter(options.images, results)
+            for part in PARTS[:3]:
+                if part in options.parts:
+                    getattr(starter, part)()
+        if "cost" in options.parts:
+            results.once("cost", "table", lambda: cost(options.runs))
+    print(tables(results.found))
+
+
+class Results:
+    """What was measured, by part and name, on disk after each."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.found = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def once(self, part: str, name: str, measure):
+        """What is known under that name, or ``measure()``."""
+        own = self.found.setdefault(part, {})
+        if name not in own:
+            own[name] = measure()
+            print(f"{part}: {name}: {own[name]}", flush=True)
+            if self.path:
+                self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        return own[name]
+
+
+class Starter:
+    """The parts that are measured on the starter model.
+
+    Args:
+        images: pictures to judge by.
+        results: where they go.
+    """
+
+    def __init__(self, images: int, results: Results):
+        self.judge, self.results = StarterQuality(images), results
+        self.model, self.latent = self.judge.model, self.judge.latent
+        self.conditioning = self.judge.conditioning
+
+    def quality(self) -> None:
+        """Table I. Everything beside integers is float32, except where bfloat16 is said."""
+        from quanttune.host.dynamic_int8 import dynamic_int8
+        from quanttune.quant import QuantSpec
+
+        ways = {
+            FP32: lambda: self.model, BF16: self._bfloat16,
+            "8 bits, weights alone": lambda: self._quantized(QuantSpec(8, range="mse")),
+            DYNAMIC: lambda: dynamic_int8(self.model, precision="float32")[0],
+            PTQ: self._ptq, QAT: self._qat,
+            MIXED: lambda: dynamic_int8(self.model, "convolutions", "bfloat16")[0],
+        }
+        for name, make in ways.items():
+            self.results.once("quality", name, lambda make=make: self.judge.measure(make()))
+
+    def sensitivity(self) -> None:
+        """Table III: error of the output when a kind of layer alone is quantized."""
+        found = self._sensitivity("group")
+        self.results.once("sensitivity", "groups", lambda: {
+            group: dict(zip(found.precisions, (e**0.5 for e in row)))
+            for group, row in found.by_group().items()})
+
+    def plans(self) -> None:
+        """Table IV: uniform bits and searched plans, weights alone and with INT8 products."""
+        from quanttune.host.dynamic_int8 import dynamic_int8
+        from quanttune.quant import QuantSpec
+
+        for bits in (8, 4, 3):
+            self._plan(f"{bits} bits", lambda b=bits: self._quantized(QuantSpec(b, range="mse")))
+        for budget in BUDGETS:
+            self._plan(f"searched, {budget:g} bits", lambda b=budget: self._searched(b))
+        self._plan("8 bits, INT8 products", lambda: dynamic_int8(
+            self._quantized(QuantSpec(8, range="mse")), precision="float32")[0])
+        self._plan("searched, 8.1 bits, INT8 products",
+                   lambda: dynamic_int8(self._searched(8.1), precision="float32")[0])
+
+    def _plan(self, name: str, make) -> None:
+        def measure():
+            model = make()
+            return {"bits": self._bits(model), **self.judge.measure(model)}
+
+        self.results.once("plans", name, measure)
+
+    def _bits(self, model) -> float:
+        """Bits a weight of the layers that can be quantized, scales included."""
+        from quanttune.host.build import quantized_model
+        from quanttune.host.quantize import quantizable_layers
+        from quanttune.quant.plan import FLOAT_BYTES
+
+        own = quantized_model(model).checkpoint.layers
+        counts = {n: m.weight.numel() for n, m in quantizable_layers(self.model.model).items()}
+        taken = sum(w.nbytes for w in own.values()) + sum(
+            count * FLOAT_BYTES for name, count in counts.items() if name not in own)
+        return 8 * taken / sum(counts.values())
+
+    def _quantized(self, spec, plan=None):
+        from quanttune.host.quantize import quantize_model
+
+        return quantize_model(self.model, spec, plan=plan)[0]
+
+    def _searched(self, budget: float):
+        from quanttune.host.plan import SEARCHED, bit_plan
+        from quanttune.quant import QuantSpec
+
+        plan, _ = bit_plan(self.model, SEARCHED, self._sensitivity("layer"), budget)
+        return self._quantized(QuantSpec(4, range="mse"), plan)
+
+    def _sensitivity(self, unit: str):
+        from quanttune.host.sensitivity import SensitivitySettings, layer_sensitivity
+        from quanttune.metrics.sensitivity import Sensitivity
+
+        weights = ("8", "4", "3", "2")
+        how = SensitivitySettings(precisions=weights if unit == "layer" else (*weights, "int8"),
+                                  unit=unit, forwards=16, **SAMPLING)
+        text = self.results.once("sensitivity", f"by {unit}", lambda: layer_sensitivity(
+            self.model, self.latent, *self.conditioning, how).to_json())
+        return Sensitivity.from_json(text)
+
+    def _bfloat16(self):
+        import torch
+
+        model = self.model.clone(disable_dynamic=True)
+        model.set_model_compute_dtype(torch.bfloat16)
+        return model
+
+    def _ptq(self):
+        from quanttune.host.calibrate import Calibration, calibrate
+
+        how = Calibration(samples=SAMPLES, precision="float32", **SAMPLING)
+        return calibrate(self.model, self.latent, *self.conditioning, how)[0]
+
+    def _qat(self):
+        from quanttune.host.calibrate import Calibration
+        from quanttune.host.qat import train_qat
+        from quanttune.training.qat import QatTraining
+
+        how = Calibration(samples=2 * SAMPLES, seed=1000, precision="float32", **SAMPLING)
+        config = QatTraining(steps=QAT_STEPS, checkpointing=False, precision="fp32", save_every=0)
+        return train_qat(self._ptq(), self.model, self.latent, *self.conditioning, how, config,
+                         "diffusia").model
+
+
+def cost(runs: int) -> dict:
+    """Table II: name to time, memory and size of a step of SD1.5 with guidance."""
+    import comfy.model_patcher
+    import torch
+
+    from quanttune.benchmarks.quantized_unet import random_unet
+    from quanttune.host.benchmark import benchmark
+    from quanttune.host.calibrate import Calibration, calibrate
+    from quanttune.host.dynamic_int8 import dynamic_int8, use_pytorch_attention
+    from quanttune.host.quantize import quantize_model
+    from quanttune.quant import QuantSpec
+
+    cpu, draw = torch.device("cpu"), torch.Generator().manual_seed(3)
+    prompt = [[torch.randn(1, 77, 768, generator=draw), {}]]
+
+    def model(dtype):
+        return comfy.model_patcher.ModelPatcher(random_unet(dtype), cpu, cpu)
+
+    fp32, bf16 = model(torch.float32), model(torch.bfloat16)
+    fast = model(torch.float32)
+    for made in (bf16, fast):
+        made.model_options["transformer_options"]["optimized_attention_override"] = (
+            use_pytorch_attention)
+    dynamic = dynamic_int8(fp32, precision="bfloat16")[0]
+    how = Calibration(samples=8, steps=8, dynamic_cross_attention=False)
+    four, _ = quantize_model(fp32, QuantSpec(4), dtypes=(torch.bfloat16, None))
+    models = [
+        (f"{FP32} (ComfyUI's default)", fp32), (f"{FP32}, PyTorch's attention", fast),
+        (BF16, bf16), (DYNAMIC, dynamic),
+        ("INT8, PTQ and QAT", calibrate(dynamic, {"samples": torch.zeros(1, 4, 32, 32)}, prompt,
+                                        (), how)[0]),
+        (MIXED, dynamic_int8(fp32, "convolutions", "bfloat16")[0]),
+        ("4-bit weights, INT8 products", dynamic_int8(four)[0]),
+    ]
+    found = benchmark(models, {"samples": torch.zeros(1, 4, 64, 64)}, prompt, prompt, 7.0, runs, 2,
+                      20)
+    return {"setting": found.setting, "rows": {
+        row[0]: dict(zip(("seconds", "spread", "ratio", "images_per_hour", "weights_mib",
+                          "peak_mib"), row[1:])) for row in found.rows()}}
+
+
+def tables(found: dict) -> str:
+    """All that was measured, as Markdown."""
+    lines = []
+    if quality := found.get("quality"):
+        lines += ["", "| quality, starter | output error | SSIM | feature distance | FID | KID | "
+                  "obeys |", "|---|---|---|---|---|---|---|"]
+        lines += [f"| {name} | {_judged(run)} |" for name, run in quality.items()]
+    if cost_ := found.get("cost", {}).get("table"):
+        lines += ["", cost_["setting"], "", "| cost, SD1.5 | s a step | x FP32 | images an hour | "
+                  "weights MiB | peak above MiB |", "|---|---|---|---|---|---|"]
+        lines += [f"| {name} | {r['seconds']:.2f} ± {r['spread']:.0%} | {r['ratio']:.2f} | "
+                  f"{r['images_per_hour']:,.0f} | {r['weights_mib']:,.0f} | {r['peak_mib']:,.0f} |"
+                  for name, r in cost_["rows"].items()]
+    if groups := found.get("sensitivity", {}).get("groups"):
+        names = list(next(iter(groups.values())))
+        lines += ["", f"| sensitivity, starter | {' | '.join(names)} |",
+                  "|" + "---|" * (len(names) + 1)]
+        lines += [f"| {group} | " + " | ".join(f"{row[n]:.2%}" for n in names) + " |"
+                  for group, row in groups.items()]
+    if plans := found.get("plans"):
+        lines += ["", "| plans, starter | bits a weight | output error | SSIM | feature distance | "
+                  "FID | KID | obeys |", "|---|---|---|---|---|---|---|---|"]
+        lines += [f"| {name} | {run['bits']:.2f} | {_judged(run)} |"
+                  for name, run in sorted(plans.items(), key=lambda p: -p[1]["bits"])]
+    return "\n".join(lines)
+
+
+def _judged(run: dict) -> str:
+    return (f"{run['error']:.1%} | {run['ssim']:.4f} | {run['distance']:.2f} | {run['fid']:.2f} | "
+            f"{run['kid']:.4f} | {run['obeys']:.0%}")
+
+
+if __name__ == "__main__":
+    main()
