@@ -156,6 +156,8 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
         quantized).name))
     result, note = dynamic_int8(quantized, how.layers, how.precision, ranges=CALIBRATED, name=name)
     lines += [note, _compared(run.record, result)]
+    if samples.unused:
+        lines.append(samples.unused)
     run.forget()
     return result, "\n".join(lines)
 
@@ -168,7 +170,7 @@ def _found_on(samples: Samples, how: Calibration, calibrated: int, layers: int) 
         f"each of {how.timestep_buckets} intervals of the timesteps")
     return (f"{calibrated} of {layers} layers have static ranges for {each} "
             f"({how.estimator.value}), found on {len(samples)} {what} with "
-            f"{len(samples.positive)} prompts.")
+            f"{min(len(samples), len(samples.positive))} prompts.")
 
 
 def _layers(patcher, how: Calibration):

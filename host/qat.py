@@ -32,7 +32,7 @@ from .train import replaced, run_folder, stopped, tell
 from .training import checkpointed, training_copy
 
 HELD_OUT = 8
-"""One forward in so many is not trained on, but tells the error afterwards."""
+"""One picture in so many is not trained on, but tells the error afterwards."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class QatOutcome:
 class HostStudent:
     """`training.qat.Student` over a copy of a calibrated MODEL."""
 
-    def __init__(self, denoiser, mode, record: ForwardRecord, floats: dict | None,
-                 examples: str = ""):
+    def __init__(self, denoiser, mode, record: ForwardRecord, train: Sequence[int],
+                 floats: dict | None, examples: str = ""):
         self.patcher, self.record, self.examples = denoiser.patcher, record.copy(), examples
         self.device = denoiser.device
         ranges = mode.ranges
@@ -75,7 +75,7 @@ class HostStudent:
         options = self.patcher.model_options["transformer_options"]
         self.options = {k: v for k, v in options.items() if k != OPTION}
         self.options["wrappers"] = self.patcher.wrappers
-        self.train, _ = _divided(record)
+        self.train = train
         digest = hashlib.sha256(denoiser.fingerprint.encode())
         for name, layer in self.layers.items():
             digest.update(f"{name}{layer.steps is not None}".encode())
@@ -129,25 +129,31 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
     mode = _mode_of(patcher)
     samples = Samples(latent, positive, negative, how)
     record = _recorded(reference, samples)
-    before = _error_of(record, patcher)
+    train, held_out = _divided(len(record.calls), len(samples))
+    before = _error_of(record, patcher, held_out)
     folder = run_folder(name)
     with training_copy(patcher, config.precision) as denoiser:
         floats = _float_weights(reference, mode) if config.weight_learning_rate else None
-        examples = repr((samples.key(), asdict(how), identity_of(reference)))
-        student = HostStudent(denoiser, mode, record, floats,
+        examples = repr((samples.key(), asdict(how), identity_of(reference), held_out))
+        student = HostStudent(denoiser, mode, record, train, floats,
                               hashlib.sha256(examples.encode()).hexdigest())
         with replaced(name, anew):
             trainer = QatTrainer(student, config, folder)
         message = trainer.run(_Watcher(config.steps, node_id))
         learnt = {n: layer.export() for n, layer in student.layers.items()}
     result = _exported(patcher, learnt)
-    after = _error_of(record, result)
+    after = _error_of(record, result, held_out)
     steps, losses = zip(*[(r.step, r.loss) for r in trainer.history]) if trainer.history else (
         (), ())
     lines = [f"{len(learnt)} layers trained for {trainer.step} of {config.steps} steps on "
              f"{len(student)} forwards of the float model.",
              f"Output error against it, with true integers: {before:.2%} before, {after:.2%} "
-             f"after (on {len(record.calls) - len(student)} forwards that were not trained on)."]
+             f"after (on {len(held_out)} forwards that were not trained on)."]
+    if after >= before:
+        lines.append("Training did not help: use the model from 'Calibrate INT8' as it is, or "
+                     "train with lower rates on more samples and prompts.")
+    if samples.unused:
+        lines.append(samples.unused)
     if not trainer.finished:
         lines.append(stopped(name, anew))
     if message:
@@ -189,22 +195,27 @@ def _recorded(reference, samples: Samples) -> ForwardRecord:
     return record
 
 
-def _divided(record: ForwardRecord) -> tuple[list[int], list[int]]:
-    """Forwards to train on, and those that are held out: at random, over all noise levels."""
-    count = len(record.calls)
-    if count < 2:
+def _divided(forwards: int, pictures: int) -> tuple[list[int], list[int]]:
+    """Forwards to train on, and those that are held out: of whole pictures, if there are enough.
+
+    The steps of one picture are alike; held out one by one they would say little about others.
+    """
+    if forwards < 2:
         raise QuantTuneError("There are fewer than two forwards of the float model, one to learn "
                              "from and one to judge by; use more samples.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    held = max(1, count // HELD_OUT)
-    return sorted(order[held:]), sorted(order[:held])
+    together = forwards // pictures if pictures >= HELD_OUT and forwards % pictures == 0 else 1
+    parts = forwards // together
+    order = torch.randperm(parts, generator=torch.Generator().manual_seed(0)).tolist()
+    held = set(order[:max(1, parts // HELD_OUT)])
+    return ([i for i in range(forwards) if i // together not in held],
+            [i for i in range(forwards) if i // together in held])
 
 
-def _error_of(record: ForwardRecord, patcher) -> float:
-    """Of a MODEL, on the forwards that are held out."""
+def _error_of(record: ForwardRecord, patcher, indices: Sequence[int]) -> float:
+    """Of a MODEL, on some of the forwards."""
     comfy.model_management.load_models_gpu([patcher])
     try:
-        return record.error(patcher, _divided(record)[1])
+        return record.error(patcher, indices)
     except (torch.OutOfMemoryError, QuantTuneError):
         raise
     except RuntimeError as error:

@@ -94,6 +94,15 @@ class Samples:
         """Of the model in one sample, guidance counted once."""
         return self.how.steps if self.generates else 1
 
+    @property
+    def unused(self) -> str:
+        """A sentence if the turn of some prompts does not come, else nothing."""
+        prompts = len(self.positive)
+        if prompts <= len(self):
+            return ""
+        return (f"Only {len(self)} of {prompts} prompts were used; samples = "
+                f"{prompts * self.forwards} would use all ({self.forwards} steps a picture).")
+
     def key(self) -> list:
         """What a state has to agree with."""
         digest = hashlib.sha256()

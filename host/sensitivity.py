@@ -19,6 +19,7 @@ from .build import quantized_model, resident
 from .calibrate import identity_of
 from .observe import ForwardRecord
 from .quantize import quantizable_layers
+from .replay import Replay
 from .routing import buckets_of
 from .samples import Samples
 
@@ -76,8 +77,9 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
                       how: SensitivitySettings, node_id: str | None = None) -> Sensitivity:
     """Measure what each layer's quantization alone does to the output of a float MODEL.
 
-    The same recorded forwards are repeated for each change, weights being swapped in place and
-    put back. The host's Stop ends it; queued again in the same session it goes on.
+    The same recorded forwards are repeated for each change, from the block that it is in on (see
+    `replay.Replay`), weights being swapped in place and put back. The host's Stop ends it; queued
+    again in the same session it goes on.
 
     Raises:
         QuantTuneError: a quantized MODEL, no prompt or latent, or an output that is not finite.
@@ -99,6 +101,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     dtype = patcher.model.manual_cast_dtype or torch.float16
     modules = dict(patcher.model.diffusion_model.named_modules())
+    replay = Replay(record, patcher)
     bar = comfy.utils.ProgressBar(len(units) * len(how.precisions), node_id=node_id)
     rows = []
     for unit, names in units.items():
@@ -107,7 +110,7 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 own = {n: modules[n] for n in names}
                 with _quantized(own, precision, how.range, splits, patcher.load_device, dtype):
-                    done[unit, precision] = _errors(patcher, record)
+                    done[unit, precision] = _errors(replay, names)
             rows.append(done[unit, precision])
             bar.update(1)
     errors = torch.tensor(rows, dtype=torch.float64).view(len(units), len(how.precisions), -1)
@@ -156,12 +159,11 @@ def _bucket(patcher, record: ForwardRecord, index: int, count: int) -> int:
     return max(buckets_of(timesteps, patcher.model.model_sampling, count))
 
 
-def _errors(patcher, record: ForwardRecord) -> list[float]:
-    """Squared relative error of each recorded forward."""
-    options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+def _errors(replay: Replay, changed: Sequence[str]) -> list[float]:
+    """Squared relative error of each recorded forward, ``changed`` being the layers that were."""
     found = []
-    for index, (_, _, output) in enumerate(record.calls):
-        again = record.again(index, patcher, options).float().cpu()
+    for index, (_, _, output) in enumerate(replay.record.calls):
+        again = replay.again(index, changed).float().cpu()
         norm = float(output.square().sum())
         error = float((again - output).square().sum()) / max(norm, 1e-30)
         found.append(error if math.isfinite(error) else BROKEN)

@@ -62,6 +62,18 @@ def test_a_float_model_gets_static_ranges(family):
     assert output_error(report) < 0.03
 
 
+@pytest.mark.parametrize(("samples", "told"), [(4, "Only 1 of 3 prompts"), (12, None)])
+def test_says_which_prompts_had_no_turn(samples, told):
+    from quanttune.host.calibrate import Calibration, calibrate
+
+    model = models.small_model()
+    _, report = calibrate(model, {"samples": torch.zeros(1, 4, 8, 8)}, 3 * prompts(model)[:1], (),
+                          Calibration(**{**FEW, "samples": samples, "steps": 4}))
+    assert f"with {1 if told else 3} prompts" in report
+    assert ("samples = 12 would use all" in report) is bool(told)
+    assert told is None or told in report
+
+
 def test_ranges_that_follow_the_noise_level_are_closer():
     errors = [output_error(calibrated(models.small_model(), timestep_buckets=n)[1])
               for n in (1, 4)]

@@ -95,7 +95,8 @@ def test_each_layer_of_integers_computes_what_was_trained():
     record = qat._recorded(source, Samples({"samples": torch.zeros(1, 4, 16, 16)},
                                            prompts(source), (), Calibration(**HOW)))
     with training_copy(model, "fp32") as denoiser, torch.no_grad():
-        student = qat.HostStudent(denoiser, mode, record, qat._float_weights(source, mode))
+        student = qat.HostStudent(denoiser, mode, record, range(len(record.calls)),
+                                  qat._float_weights(source, mode))
         fakes, layers = dict(student.layers), models_layers(student.patcher)
         assert len(fakes) == len(layers) - 2
         comfy.model_management.load_models_gpu([model])
@@ -166,17 +167,26 @@ def test_a_damaged_state_says_so(output_folder):
     assert (folder / FILE).exists()
 
 
-@pytest.mark.parametrize("count", [2, 3, 160])
-def test_what_is_held_out_is_never_trained_on_and_spread(count):
+@pytest.mark.parametrize(("forwards", "pictures"), [(2, 1), (3, 1), (160, 8), (160, 4), (41, 8)])
+def test_what_is_held_out_is_never_trained_on_and_spread(forwards, pictures):
     from quanttune.host import qat
-    from quanttune.host.observe import ForwardRecord
 
-    record = ForwardRecord()
-    record.calls = [None] * count
-    train, held = qat._divided(record)
-    assert sorted(train + held) == list(range(count)) and len(held) == max(1, count // 8)
-    if count == 160:
+    train, held = qat._divided(forwards, pictures)
+    assert sorted(train + held) == list(range(forwards))
+    assert len(held) == max(1, forwards // 8)
+    if (forwards, pictures) == (160, 8):
+        assert {i // 20 for i in held}.isdisjoint(i // 20 for i in train), "a whole picture"
+    if pictures == 4:
         assert len({i % 8 for i in held}) > 4, "every step of the sampler is judged"
+
+
+def test_says_so_when_training_did_not_help():
+    source = models.small_model()
+    model, _ = calibrated(source, bits=8)
+    worse = train(model, source, steps=3, learning_rate=1.0, weight_learning_rate=1.0)
+    assert "did not help" in worse.report
+    before, after = errors(worse.report)
+    assert after > before
 
 
 def test_saved_and_loaded(output_folder):
