@@ -104,9 +104,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _setting(device, samples, runs: int) -> str:
+def machine(device: torch.device) -> str:
+    """Where something is measured, in words."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    return f"{where}, PyTorch {torch.__version__}"
+
+
+def _setting(device, samples, runs: int) -> str:
     height, width = samples.shape[-2:]
-    return (f"{where}, PyTorch {torch.__version__}; latents {height} x {width}, batch "
-            f"{len(samples)}; median of {runs} steps each, taking turns.")
+    return (f"{machine(device)}; latents {height} x {width}, batch {len(samples)}; median of "
+            f"{runs} steps each, taking turns.")

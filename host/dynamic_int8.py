@@ -10,6 +10,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 
 from ..quant import QuantSpec, QuantTuneError, keep_float
 from ..quant.int8 import Granularity
+from ..quant.plan import FLOAT, BitPlan
 from . import int8_speed
 from .build import load_model, quantized_model, resident
 from .int8 import OPTION, Int8Mode, backend_for
@@ -29,12 +30,15 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16", "unchanged")
 GRANULARITIES = ("auto", *(g.value for g in Granularity))
 CALIBRATED, DYNAMIC = "calibrated", "dynamic"
 RANGES = (CALIBRATED, DYNAMIC)
+ALL = "all"
+"""The key of `LAYERS` that leaves the choice to a plan."""
 SPEC = QuantSpec(8, symmetric=True)
 """How a float MODEL is quantized: symmetric integers need no correction in a product."""
 
 
 def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granularity: str = "auto",
-                 fast_attention: bool = True, ranges: str = CALIBRATED, name: str = "model"):
+                 fast_attention: bool = True, ranges: str = CALIBRATED, name: str = "model",
+                 plan: BitPlan | None = None):
     """A MODEL whose Linear and convolutions multiply 8-bit integers.
 
     A float MODEL is quantized to 8 bits first. A quantized one keeps its integers (those of 4 bits
@@ -51,19 +55,28 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         ranges: "calibrated" takes the static activation ranges that a MODEL from *Calibrate INT8*
             has; "dynamic" finds them at run time in any case.
         name: what to call the model in messages.
+        plan: chooses the layers in place of ``layers``: those of 8 bits multiply integers, all
+            others stay as they are.
 
     Returns:
         ``(MODEL, note)``; the note says what runs and what it gains here.
+
+    Raises:
+        QuantTuneError: an unknown setting, a plan beside a choice of layers, one of other widths
+            or of another model, or no layer left to multiply integers.
     """
     device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(precision, device)
     lines = []
     if ranges not in RANGES:
         raise QuantTuneError(f"ranges is '{ranges}', but it has to be one of {', '.join(RANGES)}.")
+    if plan is not None and layers != ALL:
+        raise QuantTuneError(f"layers is '{layers}', but the connected plan chooses the layers; "
+                             f"set layers to '{ALL}', or disconnect the plan.")
     if quantized_model(patcher) is None:
-        kept = kept_layers(quantizable_layers(patcher.model), layers)
+        kept = kept_layers(quantizable_layers(patcher.model), layers, plan)
         quantized, report = quantize_model(
-            patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None),
+            patcher, SPEC, kept, name, dtypes=None if dtype is None else (dtype, None), plan=plan,
             disable_dynamic=True)
         chosen = _integer_layers(quantized).keys()
         lines.append(str(report))
@@ -72,11 +85,17 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         if dtype is not None and dtype != _computes_in(quantized):
             quantized.set_model_compute_dtype(dtype)
         own = _integer_layers(quantized)
-        chosen = own.keys() - kept_layers(scaled_layers(quantized.model.diffusion_model), layers)
+        chosen = own.keys() - kept_layers(scaled_layers(quantized.model.diffusion_model), layers,
+                                          plan)
         if not chosen:
+            by = f"layers = '{layers}'" if plan is None else f"the plan '{plan.label}'"
             raise QuantTuneError(
-                f"No layer of '{name}' is left to multiply integers with layers = '{layers}'; "
-                "choose 'all', or a base that was quantized without keeping those layers in float.")
+                f"No layer of '{name}' is left to multiply integers with {by}; choose '{ALL}', or "
+                "a base that was quantized without keeping those layers in float.")
+        if plan is not None and own.keys() - chosen:
+            lines.append("This MODEL is quantized: what the plan keeps in float is turned into "
+                         "floats in each step here, which takes longer than the plan expects; "
+                         "connect the float model for the time of the plan.")
     modules = scaled_layers(quantized.model.diffusion_model)
     found = {layer: backend_for(modules[layer], device) for layer in sorted(chosen)}
     taken = sum(b is not None for b, _ in found.values())
@@ -96,8 +115,7 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
             f", {len(chosen & static.layers.keys())} of them with calibrated ranges")
         lines.append(f"{taken} of {len(modules)} layers multiply integers{with_ranges}. "
                      f"{int8_speed.describe(device, _computes_in(quantized, dtype))}")
-    if fast_attention and _slow_attention(device, options):
-        options["optimized_attention_override"] = use_pytorch_attention
+    if fast_attention and hasten_attention(options, device):
         lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")
     return quantized, "\n".join(lines)
 
@@ -116,13 +134,29 @@ def _integer_layers(patcher) -> dict:
     return {name: m for name, m in layers.items() if is_uniform(m.weight)}
 
 
-def kept_layers(modules: dict, layers: str) -> set[str]:
-    """Names of the layers that stay in float."""
+def kept_layers(modules: dict, layers: str, plan: BitPlan | None = None) -> set[str]:
+    """Names of the layers that stay in float, by a key of `LAYERS` or else by a plan."""
+    if plan is not None:
+        return _kept_by(plan, modules)
     if layers not in LAYERS:
         raise QuantTuneError(f"layers is '{layers}', but it has to be one of {', '.join(LAYERS)}.")
     if LAYERS[layers] is None:
         return {name for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
     return keep_float(list(modules), LAYERS[layers])
+
+
+def _kept_by(plan: BitPlan, modules: dict) -> set[str]:
+    plan.check_layers(modules)
+    if others := sorted({bits for bits in plan.bits.values() if bits not in (8, FLOAT)}):
+        raise QuantTuneError(
+            f"The plan '{plan.label}' holds layers of {' and '.join(map(str, others))} bits; use "
+            "it in 'Quantize UNet' and connect that MODEL here without it, or make a plan with "
+            "budget = 'time'.")
+    chosen = {name for name, bits in plan.bits.items() if bits == 8}
+    if not chosen:
+        raise QuantTuneError(f"The plan '{plan.label}' keeps every layer in float, so that nothing "
+                             "would multiply integers; make one for less time.")
+    return set(modules) - chosen
 
 
 def _computes_in(patcher, dtype=None) -> torch.dtype:
@@ -144,6 +178,17 @@ def _has_fast_bfloat16() -> bool:
     """Whether the processor has bfloat16 products; what torch calls supported may be emulated."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def hasten_attention(options: dict, device: torch.device) -> bool:
+    """Set PyTorch's attention in ``transformer_options`` where the host's default is slower.
+
+    Returns whether it was.
+    """
+    slow = _slow_attention(device, options)
+    if slow:
+        options["optimized_attention_override"] = use_pytorch_attention
+    return slow
 
 
 def _slow_attention(device: torch.device, options: dict) -> bool:

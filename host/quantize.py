@@ -55,10 +55,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     if quantized_model(patcher) is not None:
         raise QuantTuneError(
             "This MODEL is quantized already; connect 'Quantize UNet' to the float model instead.")
-    if patcher.injections:
-        raise QuantTuneError(
-            "This MODEL carries a bypass LoRA, which would stay on the float model; apply it after "
-            "'Quantize UNet' instead.")
+    _refuse_bypass_lora(patcher, "'Quantize UNet'")
     source = patcher.model
     layers_by_name = quantizable_layers(source)
     kept = keep_float(list(layers_by_name), keep) if isinstance(keep, str) else set(keep)
@@ -75,12 +72,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
                              "quantized; choose fewer layers to keep.")
     shapes = {layer: tuple(m.weight.shape) for layer, m in layers_by_name.items()}
     splits = shortcut_splits(shapes) if split_shortcuts else {}
-    try:
-        originals = patcher.get_key_patches(PREFIX)
-    except AttributeError as error:
-        raise QuantTuneError(
-            "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
-            "load the fp16 or bf16 file of the same model instead.") from error
+    originals = _originals(patcher)
 
     checkpoint = QuantizedCheckpoint(metadata=None, layers={}, floats={})
     report = QuantizationReport()
@@ -113,6 +105,39 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         "split_shortcuts": split_shortcuts, **({"plan": plan.label} if plan is not None else {})})
 
     return model_over(patcher, checkpoint, name, dtypes, disable_dynamic), report
+
+
+def float_model(patcher, name: str = "model", dtypes: tuple | None = None):
+    """The float MODEL ``patcher`` over layers of ours, none of them quantized.
+
+    Its layers compute as those do that a plan keeps in float. The host does not stream its weights.
+
+    Args:
+        patcher: as for `quantize_model`; patches, wrappers and sampling changes carry over.
+        name, dtypes: as there.
+    """
+    _refuse_bypass_lora(patcher, "what is measured")
+    floats = {key[len(PREFIX):]: entry[0][1](entry[0][0]).detach().to("cpu")
+              for key, entry in _originals(patcher).items() if entry[0][0] is not None}
+    checkpoint = QuantizedCheckpoint(describe(patcher.model, name, {"source": name}), {}, floats)
+    return model_over(patcher, checkpoint, name, dtypes, disable_dynamic=True)
+
+
+def _refuse_bypass_lora(patcher, after: str) -> None:
+    if patcher.injections:
+        raise QuantTuneError(
+            "This MODEL carries a bypass LoRA, which would stay on the float model; apply it after "
+            f"{after} instead.")
+
+
+def _originals(patcher) -> dict:
+    """The host's weights of the diffusion model by key, each with how to bring it to float."""
+    try:
+        return patcher.get_key_patches(PREFIX)
+    except AttributeError as error:
+        raise QuantTuneError(
+            "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
+            "load the fp16 or bf16 file of the same model instead.") from error
 
 
 def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,

@@ -8,6 +8,7 @@ from .calibrate import CalibrateInt8
 from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
+from .layer_times import LayerTimesNode
 from .pareto import ParetoFront
 from .quality import CompareImages, ImageSetQuality
 from .quantize import QuantizeUNet
@@ -31,4 +32,4 @@ class QuantTuneExtension(ComfyExtension):
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
                 TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel,
-                CompareImages, ImageSetQuality, ParetoFront]
+                CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..host.dynamic_int8 import GRANULARITIES, LAYERS, PRECISIONS, RANGES, dynamic_int8
+from .types import BIT_PLAN
 
 
 class DynamicInt8(io.ComfyNode):
@@ -41,6 +42,10 @@ class DynamicInt8(io.ComfyNode):
                                tooltip="Of a model from 'Calibrate INT8': take its static "
                                        "activation ranges, or find them at run time all the same. "
                                        "Other models have none, and it makes no difference."),
+                BIT_PLAN.Input("plan", optional=True,
+                               tooltip="From 'Bit Plan' with budget = time: its layers of 8 bits "
+                                       "multiply integers, the others stay in float. 'layers' has "
+                                       "to be 'all' then."),
             ],
             outputs=[
                 io.Model.Output("model_int8", display_name="MODEL",
@@ -53,6 +58,7 @@ class DynamicInt8(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, layers, precision, granularity, fast_attention,
-                ranges=RANGES[0]) -> io.NodeOutput:
-        fast, note = dynamic_int8(model, layers, precision, granularity, fast_attention, ranges)
+                ranges=RANGES[0], plan=None) -> io.NodeOutput:
+        fast, note = dynamic_int8(model, layers, precision, granularity, fast_attention, ranges,
+                                  plan=plan)
         return io.NodeOutput(fast, note, ui=ui.PreviewText(note))

@@ -4,14 +4,14 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.images import as_image
-from ..host.plan import SEARCHED, bit_plan
+from ..host.plan import BUDGETS, SEARCHED, SIZE, bit_plan
 from ..host.samples import conditioning_of
 from ..host.sensitivity import UNITS, SensitivitySettings, layer_sensitivity
 from ..metrics.sensitivity import PRECISIONS
 from ..metrics.sensitivity_charts import group_chart, heat_map, plan_chart
 from ..quant.plan import PRESETS
 from .sampler_inputs import prompt_inputs, sampler_inputs
-from .types import BIT_PLAN, SENSITIVITY
+from .types import BIT_PLAN, LAYER_TIMES, SENSITIVITY
 
 
 class LayerSensitivity(io.ComfyNode):
@@ -114,9 +114,10 @@ class BitPlanNode(io.ComfyNode):
             display_name="Bit Plan",
             category="QuantTune/measure",
             description="Mixed precision: how many bits each layer gets, searched for the least "
-                        "error in a given size, or one of the recommendations for a kind of "
-                        "machine. 'Quantize UNet' takes the plan.",
-            search_aliases=["mixed precision", "knapsack", "bit allocation"],
+                        "error in a given size or time, or one of the recommendations for a kind "
+                        "of machine. 'Quantize UNet' takes a plan of a size, 'Dynamic INT8' one of "
+                        "a time.",
+            search_aliases=["mixed precision", "knapsack", "bit allocation", "latency budget"],
             inputs=[
                 io.Model.Input("model", tooltip="The float model the plan is for."),
                 io.Combo.Input("plan", options=[SEARCHED, *PRESETS], default=SEARCHED,
@@ -130,19 +131,35 @@ class BitPlanNode(io.ComfyNode):
                                tooltip="How large a searched plan may be: bits a weight on "
                                        "average, scales included. 8.1 is the size of 8 bits "
                                        "throughout, 4.1 that of 4 bits."),
+                LAYER_TIMES.Input("times", optional=True,
+                                  tooltip="From 'Layer Times' on the same model; needed with "
+                                          "budget = time."),
+                io.Combo.Input("budget", options=list(BUDGETS), default=SIZE, optional=True,
+                               tooltip="What a searched plan keeps to: 'size' chooses the bits of "
+                                       "each layer for 'Quantize UNet', 'time' the layers that "
+                                       "multiply integers for 'Dynamic INT8' (the sensitivity "
+                                       "needs int8). The other number is not looked at."),
+                io.Float.Input("time", default=0.8, min=0.05, max=1.0, step=0.01, optional=True,
+                               tooltip="How long a step may take with budget = time: a share of "
+                                       "the time of a step with every layer in float, in the "
+                                       "precision of 'Layer Times', whose report tells the "
+                                       "least."),
             ],
             outputs=[
-                BIT_PLAN.Output("bit_plan", display_name="plan", tooltip="For 'Quantize UNet'."),
+                BIT_PLAN.Output("bit_plan", display_name="plan",
+                                tooltip="For 'Quantize UNet'; with budget = time, for 'Dynamic "
+                                        "INT8'."),
                 io.Image.Output("chart", display_name="chart",
                                 tooltip="How many layers of each kind have how many bits."),
                 io.String.Output("report", display_name="report",
-                                 tooltip="Size, and the error to expect."),
+                                 tooltip="Size, and the error and the time to expect."),
             ],
         )
 
     @classmethod
-    def execute(cls, model, plan, bits_per_weight, sensitivity=None) -> io.NodeOutput:
-        made, report = bit_plan(model, plan, sensitivity, bits_per_weight)
+    def execute(cls, model, plan, bits_per_weight, budget=SIZE, time=0.8, sensitivity=None,
+                times=None) -> io.NodeOutput:
+        made, report = bit_plan(model, plan, sensitivity, bits_per_weight, times, budget, time)
         chart = as_image(plan_chart(made))
         return io.NodeOutput(made, chart, report,
                              ui={**ui.PreviewImage(chart, cls=cls).as_dict(),

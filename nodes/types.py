@@ -6,3 +6,5 @@ BIT_PLAN = io.Custom("QUANTTUNE_BIT_PLAN")
 """A ``quant.plan.BitPlan``."""
 SENSITIVITY = io.Custom("QUANTTUNE_SENSITIVITY")
 """A ``metrics.sensitivity.Sensitivity``."""
+LAYER_TIMES = io.Custom("QUANTTUNE_LAYER_TIMES")
+"""A ``metrics.layer_times.LayerTimes``."""

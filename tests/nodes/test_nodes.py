@@ -339,3 +339,32 @@ def test_a_file_that_vanished(nodes):
 
     with pytest.raises(QuantTuneError, match=r"gone\.safetensors.*models/quanttune"):
         run_node(nodes["QuantTuneLoadQuantizedUNet"], unet_name="gone.safetensors")
+
+
+def test_layer_times_then_a_plan_of_a_time_then_integers(nodes):
+    from quanttune.host.int8 import backend_for
+
+    if backend_for(torch.nn.Linear(64, 64))[0] is None:
+        pytest.skip("this machine has no integer backend")
+    model = models.small_model()
+    row = [[torch.zeros(1, 7, 24), {}]]
+    common = {"model": model, "latent": {"samples": torch.zeros(1, 4, 8, 8)}, "positive": row}
+    timed = run_node(nodes["QuantTuneLayerTimes"], rounds=1, precision="float32", **common)
+    times, chart, report = timed.args
+    assert chart.ndim == 4 and "the least that a plan can have" in report
+    assert "least that a plan" in json.dumps(timed.ui)
+    found = run_node(nodes["QuantTuneLayerSensitivity"], forwards=1, samples=1, steps=1, int8=True,
+                     bits_4=False, unit="group", **common).args[0]
+    # The machine's own times may let no layer gain; these do.
+    integers = {n: None if s is None else times.floats[n] / 2 for n, s in times.integers.items()}
+    times = type(times)(times.shapes, times.floats, integers, times.step, times.precision)
+    share = round(times.share(times.fastest()) + 0.01, 3)
+    plan, _, report = run_node(nodes["QuantTuneBitPlan"], model=model, sensitivity=found,
+                               times=times, budget="time", time=share).args
+    assert "Expected time" in report
+    sized, _, report = run_node(nodes["QuantTuneBitPlan"], model=model, sensitivity=found,
+                                bits_per_weight=9.0).args
+    assert "Expected time" not in report and 8 in sized.bits.values()
+    output = run_node(nodes["QuantTuneDynamicInt8"], model=model, precision="float32", plan=plan)
+    layers = models.quantized_model(output.args[0]).checkpoint.layers
+    assert set(layers) == {n for n, bits in plan.bits.items() if bits == 8}
