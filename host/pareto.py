@@ -11,6 +11,7 @@ import comfy.model_management as management
 import comfy.utils
 import torch
 
+from ..metrics.layer_times import LayerTimes
 from ..metrics.pareto import Point
 from ..metrics.sensitivity import Sensitivity
 from ..metrics.similarity import ssim
@@ -19,7 +20,7 @@ from ..quant.plan import FLOAT_BYTES
 from .benchmark import one_step, wait_for
 from .build import quantized_model
 from .dynamic_int8 import dynamic_int8
-from .plan import SEARCHED, bit_plan
+from .plan import SEARCHED, TIME, bit_plan
 from .quantize import quantizable_layers, quantize_model
 from .samples import Samples
 from .sensitivity import SensitivitySettings, record_forwards
@@ -37,6 +38,7 @@ class Candidates:
         int8: *Dynamic INT8*, too.
         rounds: of timed steps, the float model's and a candidate's in turns.
         pictures: made with each and compared by SSIM; 0 for none.
+        time_budgets: of searched plans for *Dynamic INT8*, over the time of a step in float.
     """
 
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -44,26 +46,37 @@ class Candidates:
     int8: bool = True
     rounds: int = 5
     pictures: int = 0
+    time_budgets: tuple[float, ...] = ()
 
 
 def budgets_of(text: str) -> tuple[float, ...]:
-    """Numbers in a text, separated by commas or blanks. Raises QuantTuneError for anything else."""
+    """Bits a weight, separated by commas or blanks. Raises QuantTuneError for anything else."""
+    return _numbers(text, 1, 16, "among the budgets is no number of bits from 1 to 16; write "
+                                 "something like '3, 4, 5, 6, 8'")
+
+
+def time_budgets_of(text: str) -> tuple[float, ...]:
+    """Shares of a time, separated by commas or blanks. Raises QuantTuneError for anything else."""
+    return _numbers(text, 0.01, 1, "among the time budgets is no share of the float model's time "
+                                   "from 0.01 to 1; write something like '0.6, 0.8'")
+
+
+def _numbers(text: str, least: float, most: float, wrong: str) -> tuple[float, ...]:
     found = []
     for word in text.replace(",", " ").split():
         try:
             value = float(word)
         except ValueError:
             value = float("nan")
-        if not 1 <= value <= 16:
-            raise QuantTuneError(f"'{word}' among the budgets is no number of bits from 1 to 16; "
-                                 "write something like '3, 4, 5, 6, 8'.")
+        if not least <= value <= most:
+            raise QuantTuneError(f"'{word}' {wrong}.")
         found.append(value)
     return tuple(dict.fromkeys(found))
 
 
 def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
            how: SensitivitySettings, candidates: Candidates, sensitivity: Sensitivity | None = None,
-           node_id: str | None = None) -> list[Point]:
+           node_id: str | None = None, times: LayerTimes | None = None) -> list[Point]:
     """Quantize a float MODEL in several ways and measure size, time, error and pictures of each.
 
     Args:
@@ -73,20 +86,24 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
         candidates: the ways.
         sensitivity: of the same model, for searched plans.
         node_id: of the node that shows progress, or None.
+        times: of the same model, for plans of a time.
 
     Raises:
-        QuantTuneError: a quantized MODEL, no candidate, plans without a sensitivity, pictures
-            without a VAE.
+        QuantTuneError: a quantized MODEL, no candidate, plans without a sensitivity or times,
+            pictures without a VAE.
     """
     if quantized_model(patcher) is not None:
         raise QuantTuneError("This MODEL is quantized already; connect the float model, which is "
                              "quantized here in several ways.")
-    if candidates.budgets and sensitivity is None:
+    if (candidates.budgets or candidates.time_budgets) and sensitivity is None:
         raise QuantTuneError("Searched plans need a sensitivity; connect 'Layer Sensitivity', or "
                              "clear the budgets.")
+    if candidates.time_budgets and times is None:
+        raise QuantTuneError("Plans of a time need the layers' times; connect 'Layer Times', or "
+                             "clear the time budgets.")
     if candidates.pictures and vae is None:
         raise QuantTuneError("Pictures need a VAE; connect it, or set pictures to 0.")
-    ways = _ways(patcher, candidates, sensitivity, how.range)
+    ways = _ways(patcher, candidates, sensitivity, times, how.range)
     if not ways:
         raise QuantTuneError("There is nothing to compare; switch on some bits or write budgets.")
     samples = Samples(latent, positive, negative, how)
@@ -119,7 +136,8 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     return points
 
 
-def _ways(patcher, candidates: Candidates, sensitivity, range_: str) -> dict[str, Callable]:
+def _ways(patcher, candidates: Candidates, sensitivity, times,
+          range_: str) -> dict[str, Callable]:
     """Name to a function that makes the MODEL, one at a time so that memory holds one."""
     ways: dict[str, Callable] = {}
     for bits in candidates.bits:
@@ -132,6 +150,13 @@ def _ways(patcher, candidates: Candidates, sensitivity, range_: str) -> dict[str
                                  "is compared in any case; ask for less.")
         ways[f"plan {budget:g}"] = lambda p=plan: quantize_model(
             patcher, QuantSpec(4, range=range_), plan=p)[0]
+    for share in candidates.time_budgets:
+        plan, _ = bit_plan(patcher, SEARCHED, sensitivity, 0.0, times, TIME, share)
+        if plan.kept() == set(plan.bits):
+            raise QuantTuneError(f"A time budget of {share:g} leaves every layer in float, which "
+                                 "is compared in any case; ask for less.")
+        ways[f"time plan {share:g}"] = lambda p=plan: dynamic_int8(
+            patcher, precision=times.precision, plan=p)[0]
     if candidates.int8:
         ways["INT8 products"] = lambda: dynamic_int8(patcher)[0]
     return ways

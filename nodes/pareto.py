@@ -3,12 +3,12 @@
 from comfy_api.latest import io, ui
 
 from ..host.images import as_image
-from ..host.pareto import Candidates, budgets_of, pareto
+from ..host.pareto import Candidates, budgets_of, pareto, time_budgets_of
 from ..host.samples import conditioning_of
 from ..host.sensitivity import SensitivitySettings
 from ..metrics.pareto import chart, csv, markdown
 from .sampler_inputs import sampler_inputs
-from .types import SENSITIVITY
+from .types import LAYER_TIMES, SENSITIVITY
 
 
 class ParetoFront(io.ComfyNode):
@@ -22,8 +22,8 @@ class ParetoFront(io.ComfyNode):
             category="QuantTune/measure",
             is_output_node=True,
             description="Quantizes a float model in several ways and draws error over size and "
-                        "over time: which of them nothing else beats. With a sensitivity, searched "
-                        "mixed precisions take part.",
+                        "over time: which of them nothing else beats. With a sensitivity (and "
+                        "layer times), searched mixed precisions take part.",
             search_aliases=["trade-off", "quality versus size", "mixed precision"],
             inputs=[
                 io.Model.Input("model", tooltip="The float model, LoRAs included."),
@@ -64,6 +64,14 @@ class ParetoFront(io.ComfyNode):
                 io.Combo.Input("range", options=["mse", "minmax"], default="mse", advanced=True,
                                tooltip="How the range of weights is chosen, as in 'Quantize "
                                        "UNet'."),
+                LAYER_TIMES.Input("times", optional=True,
+                                  tooltip="From 'Layer Times' on the same model, for the time "
+                                          "budgets."),
+                io.String.Input("time_budgets", default="", optional=True,
+                                tooltip="Time of a step in searched plans for 'Dynamic INT8', such "
+                                        "as '0.6, 0.8': shares of the step with every layer in "
+                                        "float that 'Layer Times' tells. Needs the times, and the "
+                                        "sensitivity with int8."),
             ],
             outputs=[
                 io.Image.Output("chart", display_name="chart",
@@ -79,16 +87,17 @@ class ParetoFront(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, prompts, bits_8, bits_4, bits_3, bits_2, int8, budgets,
                 forwards, samples, pictures, rounds, steps, cfg, sampler_name, scheduler, seed,
-                range, clip=None, vae=None, sensitivity=None, positive=None,
-                negative=None) -> io.NodeOutput:
+                range, time_budgets="", clip=None, vae=None, sensitivity=None, positive=None,
+                negative=None, times=None) -> io.NodeOutput:
         bits = tuple(b for b, on in ((8, bits_8), (4, bits_4), (3, bits_3), (2, bits_2)) if on)
         how = SensitivitySettings(
             forwards=forwards, range=range, samples=max(samples, pictures) * steps, steps=steps,
             cfg=cfg, sampler=sampler_name, scheduler=scheduler, seed=seed)
         positive, negative = conditioning_of(clip, prompts, positive, negative)
         points = pareto(model, vae, latent, positive, negative, how,
-                        Candidates(bits, budgets_of(budgets), int8, rounds, pictures), sensitivity,
-                        cls.hidden.unique_id)
+                        Candidates(bits, budgets_of(budgets), int8, rounds, pictures,
+                                   time_budgets_of(time_budgets)),
+                        sensitivity, cls.hidden.unique_id, times)
         drawn, report = as_image(chart(points)), markdown(points)
         return io.NodeOutput(drawn, report, csv(points),
                              ui={**ui.PreviewImage(drawn, cls=cls).as_dict(),

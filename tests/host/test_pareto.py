@@ -27,14 +27,14 @@ class Decoder:
         return pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)
 
 
-def run(model, vae=None, sensitivity=None, **candidates):
+def run(model, vae=None, sensitivity=None, times=None, **candidates):
     from quanttune.host.pareto import Candidates, pareto
     from quanttune.host.sensitivity import SensitivitySettings
 
     how = SensitivitySettings(forwards=4, samples=8, steps=4)
     return pareto(model, vae, {"samples": torch.zeros(1, 4, 8, 8)}, conditioning(24), [], how,
                   Candidates(**{"bits": (8, 4), "int8": False, "rounds": 1, **candidates}),
-                  sensitivity)
+                  sensitivity, times=times)
 
 
 def test_sizes_and_errors(model):
@@ -95,3 +95,31 @@ def test_a_quantized_model_is_refused(model):
 
     with pytest.raises(QuantTuneError, match="quantized already"):
         run(quantize(model)[0])
+
+
+@pytest.mark.parametrize("word", ["x", "0", "1.5"])
+def test_bad_time_budgets(word):
+    from quanttune.host.pareto import time_budgets_of
+    from quanttune.quant import QuantTuneError
+
+    assert time_budgets_of("0.8, 0.6 0.8") == (0.8, 0.6)
+    with pytest.raises(QuantTuneError, match=f"'{word}' among the time budgets"):
+        time_budgets_of(f"0.5, {word}")
+
+
+def test_plans_of_a_time_lie_between_float_and_all_integers(model):
+    from quanttune.quant import QuantTuneError
+    from quanttune.tests.host.test_layer_times import times_by_size
+
+    found, times = measure(model, precisions=("int8",)), times_by_size(model)
+    with pytest.raises(QuantTuneError, match="connect 'Layer Times'"):
+        run(model, sensitivity=found, time_budgets=(0.8,))
+    with pytest.raises(QuantTuneError, match="need a sensitivity"):
+        run(model, times=times, time_budgets=(0.8,))
+    with pytest.raises(QuantTuneError, match="budget of 1 leaves every layer in float"):
+        run(model, sensitivity=found, times=times, time_budgets=(0.8, 1.0))
+    points = {p.name: p for p in run(model, sensitivity=found, times=times, bits=(), int8=True,
+                                     time_budgets=(0.9, 0.8))}
+    assert list(points) == ["float", "time plan 0.9", "time plan 0.8", "INT8 products"]
+    assert 0 < points["time plan 0.9"].error < points["time plan 0.8"].error
+    assert points["time plan 0.8"].size < points["time plan 0.9"].size < points["float"].size
