@@ -175,11 +175,24 @@ class QuantTuneOps(comfy.ops.manual_cast):
         def _conv_args(self):
             return self.stride, self.padding, self.dilation, self.groups
 
+        def _laid_out(self, input):
+            """``input`` channels first, as the weight is, where that reorders less.
+
+            Integer products leave images channels last. On a processor PyTorch then brings the
+            whole weight into that layout in every call, up to twice the time of the product.
+            """
+            if (input.device.type != "cpu" or self.kernel_size == (1, 1)
+                    or input.numel() >= self.weight.numel()):
+                return input
+            return input.contiguous()
+
         def _packed_forward(self, input, weight, bias):
-            return functional.conv2d(input, weight, bias, *self._conv_args(),
+            return functional.conv2d(self._laid_out(input), weight, bias, *self._conv_args(),
                                      scales=self.active_scales)
 
         def _float_forward(self, input, weight, bias):
+            if weight.is_contiguous():
+                input = self._laid_out(input)
             return functional.scaled_conv2d(input, weight, bias, *self._conv_args(),
                                             scales=self.active_scales, split=self.scale_split())
 

@@ -165,6 +165,22 @@ def test_the_layers_of_the_plan_are_those_that_multiply_integers(model, share):
     assert f"{len(wanted)} of {len(plan.bits)} layers multiply integers" in note
 
 
+@pytest.mark.parametrize("base", ["float", "4"])
+def test_images_of_integer_products_are_laid_out_as_a_larger_weight_is(model, base):
+    """Else the weight is brought into their layout in every call."""
+    from quanttune.host.quantize import float_model
+
+    source = float_model(model) if base == "float" else quantize(model, 4)[0]
+    models.forward(source, models.inputs(source))
+    layer = models_layers(source)["middle_block.0.in_layers.2"]
+    for size, first in ((4, True), (64, False)):
+        x = torch.randn(1, layer.in_channels, size, size)
+        assert (x.numel() < layer.weight.numel()) is first
+        y = layer(x.contiguous(memory_format=torch.channels_last))
+        assert y.is_contiguous() is first
+        assert error(y, layer(x)) < 1e-5
+
+
 def test_a_plan_on_a_quantized_model_chooses_of_its_layers(model):
     from quanttune.quant.plan import BitPlan
 
