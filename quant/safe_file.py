@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files so that a bad disk or a bad file never hurts anyone.
+"""Reading and writing files so that a bad disk or a bad file never hurts anyone.
 
 Writing goes to a temporary file beside the target, which replaces it only when every byte is on
 the disk. Reading maps the file: tensors are views of the map, and nothing is copied.
@@ -12,7 +12,8 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
@@ -89,13 +90,28 @@ def write_safetensors(
             f"The metadata for {path} cannot be written as JSON ({error}); "
             "use numbers, strings, lists and mappings."
         ) from error
+    with written_whole(path) as file:
+        file.write(header)
+        for name in names:
+            _write_tensor(file, tensors[name])
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of ``path`` when the block ends without an error.
+
+    Its folder is created if need be. On an error, an interrupt or a full disk nothing is left
+    behind, and what stood at ``path`` is still there.
+
+    Raises:
+        QuantTuneError: the file cannot be written.
+    """
+    path = os.fspath(path)
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(header)
-            for name in names:
-                _write_tensor(file, tensors[name])
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -105,9 +121,14 @@ def write_safetensors(
         except OSError:
             pass
         if isinstance(error, OSError):
-            cure = CURES.get(error.errno, f"{error.strerror or error}; choose another folder")
-            raise QuantTuneError(f"The file {path} could not be written because {cure}.") from error
+            raise unwritten(path, error) from error
         raise
+
+
+def unwritten(path: str | os.PathLike[str], error: OSError) -> QuantTuneError:
+    """What to tell the user of a file or folder that could not be written."""
+    cure = CURES.get(error.errno, f"{error.strerror or error}; choose another folder")
+    return QuantTuneError(f"The file {os.fspath(path)} could not be written because {cure}.")
 
 
 def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: str) -> bytes:

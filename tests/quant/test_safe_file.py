@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from quanttune.quant import QuantTuneError
-from quanttune.quant.safe_file import read_safetensors, write_safetensors
+from quanttune.quant.safe_file import read_safetensors, write_safetensors, written_whole
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.uint8).view(2, 3),
@@ -134,6 +134,16 @@ def test_a_full_disk(path, monkeypatch):
         write_safetensors(path, {"a": torch.zeros(100_000)}, {})
     monkeypatch.undo()
     assert os.listdir(path.parent) == []
+
+
+def test_any_file_takes_its_place_only_when_it_is_whole(path):
+    with written_whole(path) as file:
+        file.write(b"old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+        file.write(b"half")
+        assert path.read_bytes() == b"old"
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == [path.name]
 
 
 def test_a_folder_that_is_a_file(tmp_path):
