@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from .charts import INK, SECOND, new_figure, render_figure
+from .markdown import table
 
 COLUMNS = ("model", "s a step", "spread", "x first", "images an hour", "weights MiB",
            "peak above MiB")
@@ -78,17 +79,17 @@ class CostReport:
 
     def markdown(self) -> str:
         """As a Markdown table with what was measured above it."""
-        lines = [self.setting, "", "| " + " | ".join(COLUMNS) + " |",
-                 "|" + "---|" * len(COLUMNS)]
-        for name, seconds, spread, ratio, images, weights, peak in self.rows():
-            lines.append(f"| {name} | {seconds:.3g} | {spread:.0%} | {ratio:.2f} | {images:,.0f} | "
-                         f"{weights:,.0f} | {peak:,.0f} |")
-        return "\n".join(lines)
+        rows = [(name, f"{seconds:.3g}", f"{spread:.0%}", f"{ratio:.2f}", f"{images:,.0f}",
+                 f"{weights:,.0f}", f"{peak:,.0f}")
+                for name, seconds, spread, ratio, images, weights, peak in self.rows()]
+        return f"{self.setting}\n\n{table(COLUMNS, rows)}"
 
     def csv(self) -> str:
         """As comma-separated values."""
         lines = [",".join(COLUMNS)]
-        lines += [",".join([f'"{row[0]}"', *(f"{v:.6g}" for v in row[1:])]) for row in self.rows()]
+        for name, *values in self.rows():
+            quoted = name.replace('"', '""')
+            lines.append(",".join([f'"{quoted}"', *(f"{v:.6g}" for v in values)]))
         return "\n".join(lines) + "\n"
 
     def chart(self) -> Image.Image:

@@ -26,6 +26,16 @@ def test_tables():
     assert len({line.count(",") for line in lines}) == 1
 
 
+def test_names_keep_to_their_cells():
+    import csv
+    import io
+
+    odd = CostReport((Cost('a|b "c", d', (1.0,), 1.0, 1, 1),), 1, 1, "here")
+    assert odd.markdown().splitlines()[-1].startswith('| a\\|b "c", d | 1 | 0% |')
+    assert next(r for r in csv.reader(io.StringIO(odd.csv())) if r[0] != "model")[0] == (
+        'a|b "c", d')
+
+
 def test_chart():
     assert REPORT.chart().width == 900
     CostReport(REPORT.costs[:1], 1, 1, "x").chart()
