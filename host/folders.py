@@ -82,11 +82,15 @@ def _find(folders, name, where) -> str:
                          "refresh the list.")
 
 
-def output_path(prefix: str) -> str:
-    """A new numbered .safetensors path in the output folder, as ComfyUI's own savers name them."""
+def output_path(prefix: str, suffix: str = ".safetensors",
+                example: str = "quanttune/my_model") -> str:
+    """A new numbered path in the output folder, as ComfyUI's own savers name them.
+
+    ``example`` of a good prefix is told when this one is none.
+    """
     if not prefix.strip() or "\0" in prefix:
         raise QuantTuneError("The file name is empty or holds a NUL character; use a plain name "
-                             "such as 'quanttune/my_model'.")
+                             f"such as '{example}'.")
     directory = folder_paths.get_output_directory()
     try:
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, directory)
@@ -97,8 +101,8 @@ def output_path(prefix: str) -> str:
     except Exception as error:  # the host raises a bare Exception for a path outside its folder
         raise QuantTuneError(
             f"The name '{prefix}' points outside the output folder; use a plain name such as "
-            "'quanttune/my_model'.") from error
-    return os.path.join(folder, f"{filename}_{counter:05}_.safetensors")
+            f"'{example}'.") from error
+    return os.path.join(folder, f"{filename}_{counter:05}_{suffix}")
 
 
 def file_state(path: str) -> str:

@@ -12,6 +12,7 @@ from .layer_times import LayerTimesNode
 from .pareto import ParetoFront
 from .quality import CompareImages, ImageSetQuality
 from .quantize import QuantizeUNet
+from .report import SaveReport
 from .scales import ApplyScales, LoadScales, SaveScales
 from .sensitivity import BitPlanNode, LayerSensitivity
 from .starter import LoadStarterModel
@@ -32,4 +33,4 @@ class QuantTuneExtension(ComfyExtension):
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
                 TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel,
-                CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode]
+                CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode, SaveReport]
