@@ -3,7 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+
+
+def _add_report(commands) -> None:
+    """The options of ``report``; what is left away has a default for the kind of model."""
+    report = commands.add_parser(
+        "report", help="measure a float model in every precision; writes HTML and Markdown",
+        description="Benchmark, layer sensitivity, a searched plan, the Pareto front and a check "
+                    "of a float model, in one report. See docs/measure.md.")
+    which = report.add_mutually_exclusive_group(required=True)
+    which.add_argument("--starter", action="store_true", help="the starter model")
+    which.add_argument("--checkpoint", metavar="FILE",
+                       help="a checkpoint with model, text encoder and VAE")
+    report.add_argument("--out", metavar="FOLDER", required=True, help="folder for the report")
+    report.add_argument("--quick", action="store_true",
+                        help="fewer runs: rough numbers, much sooner")
+    report.add_argument("--prompts", nargs="+", metavar="TEXT",
+                        help="prompts, or .txt files with one a line")
+    report.add_argument("--latent", type=int, metavar="SIDE",
+                        help="side of the latents, in latent pixels: 64 for 512 px")
+    report.add_argument("--bits", type=int, nargs="+", choices=(8, 4, 3, 2),
+                        help="widths to measure (8 4 2)")
+    report.add_argument("--unit", choices=("layer", "group"),
+                        help="quantize one layer at a time, or all of a kind (layer)")
+    for name, told in (("forwards", "steps every error is measured on (8)"),
+                       ("samples", "pictures that these are taken from (4)"),
+                       ("timestep-buckets", "intervals of the heat maps (4)"),
+                       ("pictures", "compared by SSIM with each candidate (0)"),
+                       ("runs", "timed steps of each model (10)"),
+                       ("steps", "of a picture (20)"), ("seed", "of all noise (0)")):
+        report.add_argument(f"--{name}", type=int, help=told)
+    report.add_argument("--cfg", type=float, help="guidance (5)")
+    report.add_argument("--sampler", help="as in the KSampler (dpmpp_2m)")
+    report.add_argument("--scheduler", help="as in the KSampler (karras)")
+    report.add_argument("--title", help="what to call the model")
+    report.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,10 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train-scales", help="train TuneQDM scales as CONFIG.toml says")
     train.add_argument("config", help="see docs/training.md")
+    _add_report(commands)
     options = parser.parse_args(argv)
     from .quant import QuantTuneError
 
     try:
+        if options.command == "report":
+            from .host.report_command import report
+
+            words = sys.argv[1:] if argv is None else argv
+            return report(options, f"python -m quanttune {shlex.join(words)}")
         from .host.command import train_scales
 
         return train_scales(options.config)

@@ -89,7 +89,7 @@ def train_scales(path: str | Path) -> int:
     """
     config = read_config(path)
     training = ScaleTraining.from_dict(config.get("training", {}))
-    _start_host(config["base"].get("device", "auto"))
+    start_host(config["base"].get("device", "auto"))
     import torch
     from accelerate import Accelerator
 
@@ -102,9 +102,9 @@ def train_scales(path: str | Path) -> int:
     folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
     target = Path(output.get("scales", folder / "scales.safetensors"))
     for place in (folder, target.parent):
-        _make(place, path)
+        make_folder(place, f"of [output] in {path}")
     with torch.inference_mode():
-        model, clip, vae, name = _load(config["base"])
+        model, clip, vae, name = _quantized(config["base"])
         images = _images(config)
         data = encode(images, model, clip, vae, folder / ".cache")
         empty = encode_empty(model, clip) if training.caption_dropout else None
@@ -125,18 +125,21 @@ def train_scales(path: str | Path) -> int:
     return 0 if result.finished else 130
 
 
-def _make(folder: Path, config) -> None:
-    """Before anything is computed: a folder that cannot be written would be found out last."""
+def make_folder(folder: Path, whose: str) -> None:
+    """Before anything is computed: a folder that cannot be written would be found out last.
+
+    ``whose`` says in the message where the user named it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise QuantTuneError(f"The folder {folder} of [output] in {config} cannot be written "
+        raise QuantTuneError(f"The folder {folder} {whose} cannot be written "
                              f"({error.strerror or error}); choose another one.") from error
 
 
-def _start_host(device: str) -> None:
+def start_host(device: str) -> None:
     """Set the host's options as its command line would, before anything imports its models."""
     import comfy.options
 
@@ -153,42 +156,46 @@ def _start_host(device: str) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def _load(base: Mapping[str, Any]):
-    """``(quantized MODEL, CLIP, VAE, name)``."""
+def load_float(base: Mapping[str, Any]):
+    """``(float MODEL, CLIP, VAE, name)`` of ``starter`` or ``checkpoint``."""
     import comfy.sd
-
-    from .build import load_model
-    from .quantize import quantize_model
 
     if base.get("starter"):
         from ..starter.load import load_starter
 
-        model, clip, vae = load_starter()
-        name = "starter"
-    elif base.get("checkpoint"):
-        name = str(base["checkpoint"])
-        if not Path(name).is_file():
-            raise QuantTuneError(f"The checkpoint {name} is not there; give the path of a file "
-                                 "with model, text encoder and VAE.")
-        try:
-            model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
-        except Exception as error:  # whatever the host meets in a file that is none
-            reason = str(error).strip().split("\n")[0]
-            raise QuantTuneError(f"The file {name} is no checkpoint that ComfyUI can load "
-                                 f"({reason}); give one with model, text encoder and VAE."
-                                 ) from error
-        if None in (model, clip, vae):
-            raise QuantTuneError(f"The checkpoint {name} lacks a model, text encoder or VAE; give "
-                                 "a file with all three.")
-    else:
+        return *load_starter(), "starter"
+    if not base.get("checkpoint"):
         raise QuantTuneError("[base] needs 'checkpoint' (a file with text encoder and VAE) or "
                              "'starter = true'.")
+    name = str(base["checkpoint"])
+    if not Path(name).is_file():
+        raise QuantTuneError(f"The checkpoint {name} is not there; give the path of a file "
+                             "with model, text encoder and VAE.")
+    try:
+        model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
+    except Exception as error:  # whatever the host meets in a file that is none
+        reason = str(error).strip().split("\n")[0]
+        raise QuantTuneError(f"The file {name} is no checkpoint that ComfyUI can load "
+                             f"({reason}); give one with model, text encoder and VAE."
+                             ) from error
+    if None in (model, clip, vae):
+        raise QuantTuneError(f"The checkpoint {name} lacks a model, text encoder or VAE; give "
+                             "a file with all three.")
+    return model, clip, vae, Path(name).name
+
+
+def _quantized(base: Mapping[str, Any]):
+    """``(quantized MODEL, CLIP, VAE, name)``."""
+    from .build import load_model
+    from .quantize import quantize_model
+
+    model, clip, vae, name = load_float(base)
     if base.get("quantized_unet"):
         path = str(base["quantized_unet"])
         return load_model(path, Path(path).name), clip, vae, Path(path).name
     spec = QuantSpec(base.get("bits", 4), range="mse")
-    model, _ = quantize_model(model, spec, base.get("keep_float", "none"), name=Path(name).name)
-    return model, clip, vae, Path(name).name
+    model, _ = quantize_model(model, spec, base.get("keep_float", "none"), name=name)
+    return model, clip, vae, name
 
 
 def _images(config):
