@@ -15,6 +15,7 @@ import torch
 from ..metrics.cost import Cost, CostReport
 from ..metrics.memory import peak_memory
 from ..quant import QuantTuneError
+from .explain import explained
 
 
 def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, negative, cfg: float,
@@ -49,14 +50,9 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
     def step(name, patcher):
         management.throw_exception_if_processing_interrupted()
         start = time.perf_counter()
-        try:
+        with explained(f"The model '{name}' cannot run on this latent and conditioning "
+                       "({reason}); connect models of one family."):
             one_step(patcher, samples, positive, negative, cfg)
-        except (torch.OutOfMemoryError, QuantTuneError):
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise QuantTuneError(f"The model '{name}' cannot run on this latent and conditioning "
-                                 f"({reason}); connect models of one family.") from error
         wait_for(device)
         bar.update(1)
         return time.perf_counter() - start

@@ -15,6 +15,7 @@ from ..quant import QuantizedWeight, QuantTuneError, shortcut_splits
 from .benchmark import machine, one_step, wait_for
 from .build import quantized_model
 from .dynamic_int8 import SPEC, compute_dtype, hasten_attention
+from .explain import explained
 from .int8 import backend_for, integer_product
 from .ops import scaled_layers
 from .quantize import float_model
@@ -84,8 +85,11 @@ def layer_times(patcher, latent: dict, positive: Sequence, negative: Sequence, c
     def step():
         one_step(model, samples.latent, samples.positive[0], samples.negative, cfg)
 
-    with _watching(layers) as cases:
-        _first(step, samples)
+    shape = list(samples.latent.shape)
+    with _watching(layers) as cases, explained(
+            f"The model cannot run on latents of shape {shape} and this conditioning ({{reason}}); "
+            "connect what was made for this model."):
+        step()
     for case in cases.values():
         management.throw_exception_if_processing_interrupted()
         case.ready = _integers(case)
@@ -118,18 +122,6 @@ def layer_times(patcher, latent: dict, positive: Sequence, negative: Sequence, c
                f"{width}, batch {len(samples.latent)}, guidance {cfg:g}; median of {rounds} "
                f"rounds, {len(cases)} kinds of layers.")
     return LayerTimes(shapes, floats, integers, seconds[STEP], precision, setting)
-
-
-def _first(step: Callable, samples: Samples) -> None:
-    try:
-        step()
-    except (torch.OutOfMemoryError, QuantTuneError):
-        raise
-    except (RuntimeError, IndexError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise QuantTuneError(
-            f"The model cannot run on latents of shape {list(samples.latent.shape)} and this "
-            f"conditioning ({reason}); connect what was made for this model.") from error
 
 
 @contextmanager

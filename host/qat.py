@@ -20,6 +20,7 @@ from ..training.loop import Progress
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
 from .calibrate import Calibration, identity_of
+from .explain import explained
 from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord
@@ -214,14 +215,9 @@ def _divided(forwards: int, pictures: int) -> tuple[list[int], list[int]]:
 def _error_of(record: ForwardRecord, patcher, indices: Sequence[int]) -> float:
     """Of a MODEL, on some of the forwards."""
     comfy.model_management.load_models_gpu([patcher])
-    try:
+    with explained("The MODEL cannot run on what the reference ran on ({reason}); connect the "
+                   "float model that was quantized."):
         return record.error(patcher, indices)
-    except (torch.OutOfMemoryError, QuantTuneError):
-        raise
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise QuantTuneError(f"The MODEL cannot run on what the reference ran on ({reason}); "
-                             "connect the float model that was quantized.") from error
 
 
 def _float_weights(reference, mode) -> dict[str, torch.Tensor]:

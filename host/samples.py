@@ -10,6 +10,7 @@ import comfy.samplers
 import torch
 
 from ..quant import QuantTuneError
+from .explain import explained
 
 
 class Samples:
@@ -59,16 +60,9 @@ class Samples:
         ``callback`` is the host's: step, estimate of the clean latent, noisy latent, steps. Raises
         QuantTuneError when latents or conditioning do not fit the model.
         """
-        try:
+        with explained(f"The model cannot run on these latents of shape {list(self.latent.shape)} "
+                       "and this conditioning ({reason}); connect what was made for this model."):
             return self._run(patcher, index, callback)
-        except (torch.OutOfMemoryError, QuantTuneError):
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise QuantTuneError(
-                f"The model cannot run on these latents of shape {list(self.latent.shape)} and "
-                f"this conditioning ({reason}); connect what was made for this model."
-            ) from error
 
     def _run(self, patcher, index: int, callback) -> torch.Tensor:
         how, seed = self.how, self.how.seed + index

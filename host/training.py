@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..quant import LayerScales, QuantTuneError
 from .build import adopt, quantized_model
+from .explain import explained
 from .layout import is_uniform
 from .ops import scaled_layers
 from .routing import OPTION, layer_shapes, timestep_units
@@ -99,22 +100,16 @@ class HostDenoiser:
                 scales: Mapping[str, LayerScales], checkpointing: bool = False) -> Tensor:
         """One row of the diffusion model a sample; differentiable in ``scales``."""
         options = {**self._options, OPTION: _Fixed(scales), "wrappers": self.patcher.wrappers}
-        try:
+        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in conditions.items())
+        with explained(f"The model cannot run on latents of shape {list(noised.shape)} with "
+                       f"{shapes} ({{reason}}); connect latents and conditioning that were made "
+                       "for this model."):
             if not self._proven:
                 self._prove(noised[..., :PROBE, :PROBE], sigma, conditions, scales, options)
                 self._proven = True
             with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
                 return self.base.apply_model(noised, sigma, **conditions,
                                              transformer_options=options)
-        except (torch.OutOfMemoryError, QuantTuneError):
-            raise
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in conditions.items())
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise QuantTuneError(
-                f"The model cannot run on latents of shape {list(noised.shape)} with {shapes} "
-                f"({reason}); connect latents and conditioning that were made for this model."
-            ) from error
 
     def _prove(self, noised, sigma, conditions, scales, options) -> None:
         """Differentiate a small forward of a family that is not known to allow it.
