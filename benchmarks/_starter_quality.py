@@ -57,6 +57,12 @@ class StarterQuality:
                 samples.run(self.model, index)
         self._floats = self._references = None
 
+    @property
+    def settings(self) -> dict:
+        """What its numbers depend on; only those of equal settings can be compared."""
+        return {"images": len(self.prompts), "calibration_prompts": CALIBRATION_PROMPTS,
+                "judged_prompts": JUDGED_PROMPTS, "references": REFERENCES, **SAMPLING}
+
     def measure(self, model) -> dict[str, float]:
         """Every measure of a MODEL of the same family."""
         import comfy.model_management

@@ -31,8 +31,8 @@ BUDGETS = (8.2, 6.0, 4.2, 3.2)
 8, 4 and 3 bits of a model as small as the starter."""
 FP32, BF16, DYNAMIC, MIXED = "FP32", "BF16", "INT8, dynamic", "mixed: INT8 convolutions, BF16"
 STATIC = {"INT8, dynamic": static_int8.DYNAMIC, "INT8, PTQ": static_int8.PTQ,
-          "INT8, QAT": static_int8.QAT, "4-bit weights, PTQ": "4 bits, static, GPTQ",
-          "4-bit weights, QAT": "4 bits, GPTQ, QAT"}
+          "INT8, QAT": static_int8.QAT, "4-bit weights, PTQ": static_int8.GPTQ,
+          "4-bit weights, QAT": static_int8.GPTQ_QAT}
 """Rows of the quality table to rows of `static_int8`."""
 
 
@@ -59,18 +59,16 @@ def main(argv=None):
         folder_paths.set_output_directory(folder)
         if set(options.parts) - {"cost"}:
             starter = Starter(options.images, results)
+            results.keep_only("settings", starter.judge.settings,
+                              ("quality", "plans", "sensitivity"))
             for part in PARTS[:3]:
                 if part in options.parts:
                     getattr(starter, part)()
         if "cost" in options.parts:
+            how = {"runs": options.runs, "threads": options.threads}
+            results.keep_only("cost_settings", how, ("cost",))
             results.once("cost", "table", lambda: cost(options.runs))
-    if options.static.exists():
-        known = json.loads(options.static.read_text())["runs"]
-        for name, row in STATIC.items():
-            if row in known and "quality" in results.found:
-                results.found["quality"][name] = known[row]
-        results.save()
-    print(tables(results.found))
+    print(tables(results.found, integers(options.static, results.found.get("settings"))))
 
 
 class Results:
@@ -79,6 +77,13 @@ class Results:
     def __init__(self, path: Path | None):
         self.path = path
         self.found = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def keep_only(self, key: str, settings: dict, parts) -> None:
+        """Forget ``parts`` that were measured with other settings."""
+        if self.found.get(key) != settings:
+            for part in parts:
+                self.found.pop(part, None)
+            self.found[key] = settings
 
     def once(self, part: str, name: str, measure):
         """What is known under that name, or ``measure()``."""
@@ -231,10 +236,22 @@ def cost(runs: int) -> dict:
                           "peak_mib"), row[1:])) for row in found.rows()}}
 
 
-def tables(found: dict) -> str:
-    """All that was measured, as Markdown."""
+def integers(path: Path, settings: dict | None) -> dict[str, dict]:
+    """The rows of `STATIC` in a file of `static_int8` that was judged in the same way."""
+    known = json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": {}}
+    alike = settings and settings.items() <= known["settings"].items()
+    found = {name: known["runs"][row] for name, row in STATIC.items()
+             if alike and row in known["runs"]}
+    if missing := [row for name, row in STATIC.items() if name not in found]:
+        print(f"Not in {path}, judged in this way: {', '.join(missing)}; measure them with "
+              "`python dev.py bench static_int8`.")
+    return found
+
+
+def tables(found: dict, static: dict[str, dict]) -> str:
+    """All that was measured, as Markdown; ``static`` are rows of the quality table."""
     lines = []
-    if quality := found.get("quality"):
+    if quality := {**found.get("quality", {}), **static}:
         lines += ["", "| quality, starter | output error | SSIM | feature distance | FID | obeys |",
                   "|---|---|---|---|---|---|"]
         lines += [f"| {name} | {_judged(run)} |" for name, run in quality.items()]

@@ -18,6 +18,7 @@ from pathlib import Path
 from quanttune.benchmarks._starter_quality import SAMPLING, StarterQuality
 
 DYNAMIC, PTQ, QAT = "8 bits, ranges of the moment", "8 bits, static", "8 bits, QAT"
+GPTQ, GPTQ_QAT = "4 bits, static, GPTQ", "4 bits, GPTQ, QAT"
 ESTIMATORS = ("percentile", "mse", "entropy")
 
 
@@ -58,20 +59,21 @@ class Bench:
 
     def __init__(self, options):
         self.options = options
-        self.settings = {k: getattr(options, k) for k in ("images", "samples", "steps")}
+        self.quality = StarterQuality(options.images)
+        self.settings = {"samples": options.samples, "qat_steps": options.steps,
+                         **self.quality.settings}
         self.runs: dict[str, dict] = {}
         if options.json and options.json.exists():
             found = json.loads(options.json.read_text())
             if found["settings"] == self.settings:
                 self.runs = found["runs"]
-        self.quality = StarterQuality(options.images)
         self.ways = {
             DYNAMIC: lambda: self.dynamic(8),
             PTQ: lambda: self.static(8),
             QAT: lambda: self.trained(8),
             "4 bits, static": lambda: self.static(4),
-            "4 bits, static, GPTQ": lambda: self.static(4, rounding="gptq"),
-            "4 bits, GPTQ, QAT": lambda: self.trained(4, rounding="gptq"),
+            GPTQ: lambda: self.static(4, rounding="gptq"),
+            GPTQ_QAT: lambda: self.trained(4, rounding="gptq"),
             "4 bits, QAT": lambda: self.trained(4),
             **{f"8 bits, static, {e}": lambda e=e: self.static(8, estimator=e)
                for e in ESTIMATORS},

@@ -100,11 +100,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def device_name(device: torch.device) -> str:
+    """The device in words: of a processor how many threads compute, too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return (f"{platform.processor() or platform.machine()}, {threads} "
+            f"{'thread' if threads == 1 else 'threads'}")
+
+
 def machine(device: torch.device) -> str:
     """Where something is measured, in words."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    return f"{where}, PyTorch {torch.__version__}"
+    return f"{device_name(device)}, PyTorch {torch.__version__}"
 
 
 def _setting(device, samples, runs: int) -> str:

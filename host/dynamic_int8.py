@@ -16,7 +16,7 @@ from .build import load_model, quantized_model, resident
 from .int8 import OPTION, Int8Mode, backend_for
 from .layout import is_uniform
 from .ops import scaled_layers
-from .quantize import quantizable_layers, quantize_model
+from .quantize import float_model, quantizable_layers, quantize_model
 
 LAYERS = {
     "all": "none",
@@ -88,9 +88,10 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         chosen = own.keys() - kept_layers(scaled_layers(quantized.model.diffusion_model), layers,
                                           plan)
         if not chosen:
-            by = f"layers = '{layers}'" if plan is None else f"the plan '{plan.label}'"
+            by, instead = ((f"layers = '{layers}'", f"choose '{ALL}'") if plan is None else
+                           (f"the plan '{plan.label}'", "make a plan for other layers"))
             raise QuantTuneError(
-                f"No layer of '{name}' is left to multiply integers with {by}; choose '{ALL}', or "
+                f"No layer of '{name}' is left to multiply integers with {by}; {instead}, or take "
                 "a base that was quantized without keeping those layers in float.")
         if plan is not None and own.keys() - chosen:
             lines.append("This MODEL is quantized: what the plan keeps in float is turned into "
@@ -178,6 +179,28 @@ def _has_fast_bfloat16() -> bool:
     """Whether the processor has bfloat16 products; what torch calls supported may be emulated."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def fast_float(patcher, precision: str = "auto"):
+    """A float MODEL with all that `dynamic_int8` changes but the integers: what these gain alone is
+    what it gains over this one.
+
+    Args:
+        patcher: float MODEL.
+        precision: as in `dynamic_int8`.
+
+    Returns:
+        ``(MODEL, name)``: the name says what differs from ``patcher``, "float" if nothing does.
+    """
+    device = comfy.model_management.get_torch_device()
+    dtype = compute_dtype(precision, device)
+    model = float_model(patcher, dtypes=None if dtype is None else (dtype, None))
+    changes = []
+    if dtype not in (None, _computes_in(patcher)):
+        changes.append(str(dtype).removeprefix("torch."))
+    if hasten_attention(model.model_options["transformer_options"], device):
+        changes.append("fast attention")
+    return model, ", ".join(["float", *changes])
 
 
 def hasten_attention(options: dict, device: torch.device) -> bool:

@@ -110,22 +110,21 @@ def _make(module, mode: Int8Mode) -> _Ready | None:
         return None
     if not all(getattr(p, "is_lowvram_patch", False) for p in patches):
         return None
-    if backend_for(module)[0] is None:
+    backend, _ = backend_for(module)
+    if backend is None:
         return None
     packed = unwrap(module.weight)
     if patches:
         packed = _patched(packed, patches)
-    return integer_product(module, packed, mode.granularity)
+    return integer_product(module, packed, backend, mode.granularity)
 
 
-def integer_product(module, packed: QuantizedWeight, granularity: Granularity | None = None):
+def integer_product(module, packed: QuantizedWeight, backend,
+                    granularity: Granularity | None = None):
     """What goes into the ``int8`` of one of our layers so that it multiplies ``packed``.
 
-    None where no backend takes the layer. ``granularity`` is as in `Int8Mode`.
+    ``backend`` is that of `backend_for`, ``granularity`` as in `Int8Mode`.
     """
-    backend, _ = backend_for(module)
-    if backend is None:
-        return None
     return _Ready(module, Int8Layer(packed, geometry(module), backend, granularity))
 
 

@@ -14,11 +14,10 @@ from ..metrics.layer_times import LayerTimes, take_turns
 from ..quant import QuantizedWeight, QuantTuneError, shortcut_splits
 from .benchmark import machine, one_step, wait_for
 from .build import quantized_model
-from .dynamic_int8 import SPEC, compute_dtype, hasten_attention
+from .dynamic_int8 import SPEC, fast_float
 from .explain import explained
 from .int8 import backend_for, integer_product
 from .ops import scaled_layers
-from .quantize import float_model
 from .samples import Samples
 from .sensitivity import SensitivitySettings
 
@@ -76,9 +75,7 @@ def layer_times(patcher, latent: dict, positive: Sequence, negative: Sequence, c
         raise QuantTuneError(f"rounds is {rounds}, but it has to be at least 1.")
     samples = Samples(latent, positive, negative, SensitivitySettings(cfg=cfg))
     device = management.get_torch_device()
-    dtype = compute_dtype(precision, device)
-    model = float_model(patcher, dtypes=None if dtype is None else (dtype, None))
-    hasten_attention(model.model_options["transformer_options"], device)
+    model, _ = fast_float(patcher, precision)
     management.load_models_gpu([model], force_full_load=True)
     layers = scaled_layers(model.model.diffusion_model)
 
@@ -116,7 +113,7 @@ def layer_times(patcher, latent: dict, positive: Sequence, negative: Sequence, c
             if case.ready is not None:
                 integers[name] = (integers[name] or 0.0) + count * seconds[key, "integers"]
     shapes = {name: tuple(m.weight.shape) for name, m in layers.items()}
-    kind = str(dtype or model.model.manual_cast_dtype or model.model.get_dtype())
+    kind = str(model.model.manual_cast_dtype or model.model.get_dtype())
     height, width = samples.latent.shape[-2:]
     setting = (f"{machine(device)}; float is {kind.removeprefix('torch.')}; latents {height} x "
                f"{width}, batch {len(samples.latent)}, guidance {cfg:g}; median of {rounds} "
@@ -136,10 +133,12 @@ def _watching(layers: dict[str, torch.nn.Module]) -> Iterator[dict[tuple, _Case]
             x = args[0]
             walk = (module.stride, module.padding, module.dilation,
                     module.groups) if isinstance(module, torch.nn.Conv2d) else None
-            key = (shapes[name], walk, module.bias is None, splits.get(name), tuple(x.shape),
-                   x.stride(), x.dtype)
+            weight = module.weight
+            key = (shapes[name], weight.device, weight.dtype, walk, module.bias is None,
+                   splits.get(name), tuple(x.shape), x.stride(), x.dtype)
             if key not in cases:
-                # A copy: the model may go on to write into it.
+                # A copy: the model may go on to write into it. Its order in memory is kept, gaps
+                # between its rows are not.
                 cases[key] = _Case(module, splits.get(name), x.detach().clone())
             calls = cases[key].calls
             calls[name] = calls.get(name, 0) + 1
@@ -156,10 +155,11 @@ def _watching(layers: dict[str, torch.nn.Module]) -> Iterator[dict[tuple, _Case]
 def _integers(case: _Case):
     """Of a layer whose weight is on the device, as for the products of a forward; else None."""
     module = case.module
-    if module.weight.device != case.x.device or backend_for(module)[0] is None:
+    backend, _ = backend_for(module)
+    if module.weight.device != case.x.device or backend is None:
         return None
     packed = QuantizedWeight.quantize(module.weight.detach().float(), SPEC, case.split)
-    return integer_product(module, packed)
+    return integer_product(module, packed, backend)
 
 
 def _timed(case: _Case, ready) -> Callable:
@@ -175,8 +175,9 @@ def _timed(case: _Case, ready) -> Callable:
 
 def _refuse(layers: dict[str, torch.nn.Module], device: torch.device) -> None:
     largest = max(layers.values(), key=lambda m: m.weight.numel())
-    _, refused = backend_for(largest, device)
-    reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items()) or (
-        "its weights do not fit the memory there")
+    backend, refused = backend_for(largest, device)
+    reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items())
+    if backend is not None or not reasons:
+        reasons = "its weights do not fit the memory there"
     raise QuantTuneError(f"Integer products are not available on {device} for any layer of this "
                          f"MODEL ({reasons}), so that no plan can save time; use a plan of a size.")

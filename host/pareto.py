@@ -19,7 +19,7 @@ from ..quant import QuantSpec, QuantTuneError
 from ..quant.plan import FLOAT_BYTES
 from .benchmark import one_step, wait_for
 from .build import quantized_model
-from .dynamic_int8 import dynamic_int8
+from .dynamic_int8 import dynamic_int8, fast_float
 from .plan import SEARCHED, TIME, bit_plan
 from .quantize import quantizable_layers, quantize_model
 from .samples import Samples
@@ -116,8 +116,14 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     record = record_forwards(patcher, samples, how.forwards)
     floats = _pictures(patcher, vae, samples, candidates.pictures)
     points = [Point(FLOAT, numel * FLOAT_BYTES, 8.0 * FLOAT_BYTES, 1.0, 0.0,
-                    1.0 if candidates.pictures else None)]
+                    1.0 if candidates.pictures else None, False)]
     bar.update(1)
+    if candidates.int8 or candidates.time_budgets:
+        made, name = fast_float(patcher)
+        if name != FLOAT:
+            # First, so that integers are not praised for what bfloat16 and attention gain.
+            ways = {name: lambda made=made: made, **ways}
+        del made
     for name, make in ways.items():
         management.throw_exception_if_processing_interrupted()
         model = make()
@@ -130,7 +136,7 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
         alike = float(ssim(made, floats).mean()) if candidates.pictures else None
         points.append(Point(name, weights, 8 * weights / numel,
                             _time(patcher, model, samples, how.cfg, candidates.rounds), error,
-                            alike))
+                            alike, bool(quantized)))
         bar.update(1)
         del model, quantized  # before the next one is made
     return points

@@ -33,7 +33,7 @@ from .train import replaced, run_folder, stopped, tell
 from .training import checkpointed, training_copy
 
 HELD_OUT = 8
-"""One picture in so many is not trained on, but tells the error afterwards."""
+"""One picture in so many, and at least one, is not trained on, but tells the error afterwards."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
     """
     mode = _mode_of(patcher)
     samples = Samples(latent, positive, negative, how)
-    record = _recorded(reference, samples)
-    train, held_out = _divided(len(record.calls), len(samples))
+    record, owners = _recorded(reference, samples)
+    train, held_out = _divided(owners)
     before = _error_of(record, patcher, held_out)
     folder = run_folder(name)
     with training_copy(patcher, config.precision) as denoiser:
@@ -150,7 +150,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
              f"{len(student)} forwards of the float model.",
              f"Output error against it, with true integers: {before:.2%} before, {after:.2%} "
              f"after (on {len(held_out)} forwards that were not trained on)."]
-    if after >= before:
+    if not after < before:
         lines.append("Training did not help: use the model from 'Calibrate INT8' as it is, or "
                      "train with lower rates on more samples and prompts.")
     if samples.unused:
@@ -179,37 +179,40 @@ def _mode_of(patcher):
     return mode
 
 
-def _recorded(reference, samples: Samples) -> ForwardRecord:
-    """Forwards of the float model on all samples."""
+def _recorded(reference, samples: Samples) -> tuple[ForwardRecord, list[int]]:
+    """Forwards of the float model on all samples, and the picture that each belongs to."""
     if quantized_model(reference) is not None:
         raise QuantTuneError("The reference is a quantized MODEL; connect the float one, which the "
                              "integers are to learn from.")
     record = ForwardRecord()
     bar = comfy.utils.ProgressBar(len(samples))
+    owners: list[int] = []
     with record.recording(reference.model.diffusion_model):
         for index in range(len(samples)):
             samples.run(reference, index)
+            owners += [samples.picture(index)] * (len(record.calls) - len(owners))
             bar.update(1)
     if not all(bool(output.isfinite().all()) for _, _, output in record.calls):
         raise QuantTuneError("The reference computes NaN or infinite values, from which nothing "
                              "can be learnt; use a precision it can run in, or another file.")
-    return record
+    return record, owners
 
 
-def _divided(forwards: int, pictures: int) -> tuple[list[int], list[int]]:
-    """Forwards to train on, and those that are held out: of whole pictures, if there are enough.
+def _divided(owners: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Forwards to train on, and those that are held out: all of one picture in `HELD_OUT`.
 
-    The steps of one picture are alike; held out one by one they would say little about others.
+    The steps of a picture are alike; held out one by one they would say little about others, and
+    so they are only where there is a single picture. ``owners`` is the picture of each forward.
     """
-    if forwards < 2:
+    if len(owners) < 2:
         raise QuantTuneError("There are fewer than two forwards of the float model, one to learn "
                              "from and one to judge by; use more samples.")
-    together = forwards // pictures if pictures >= HELD_OUT and forwards % pictures == 0 else 1
-    parts = forwards // together
-    order = torch.randperm(parts, generator=torch.Generator().manual_seed(0)).tolist()
-    held = set(order[:max(1, parts // HELD_OUT)])
-    return ([i for i in range(forwards) if i // together not in held],
-            [i for i in range(forwards) if i // together in held])
+    parts = list(owners) if len(set(owners)) > 1 else list(range(len(owners)))
+    names = sorted(set(parts))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    held = {names[i] for i in order[:max(1, len(names) // HELD_OUT)]}
+    return ([i for i, part in enumerate(parts) if part not in held],
+            [i for i, part in enumerate(parts) if part in held])
 
 
 def _error_of(record: ForwardRecord, patcher, indices: Sequence[int]) -> float:

@@ -55,7 +55,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     if quantized_model(patcher) is not None:
         raise QuantTuneError(
             "This MODEL is quantized already; connect 'Quantize UNet' to the float model instead.")
-    _refuse_bypass_lora(patcher, "'Quantize UNet'")
+    _refuse_bypass_lora(patcher, "apply it after 'Quantize UNet' instead")
     source = patcher.model
     layers_by_name = quantizable_layers(source)
     kept = keep_float(list(layers_by_name), keep) if isinstance(keep, str) else set(keep)
@@ -116,18 +116,17 @@ def float_model(patcher, name: str = "model", dtypes: tuple | None = None):
         patcher: as for `quantize_model`; patches, wrappers and sampling changes carry over.
         name, dtypes: as there.
     """
-    _refuse_bypass_lora(patcher, "what is measured")
+    _refuse_bypass_lora(patcher, "use 'Load LoRA' for the measurement")
     floats = {key[len(PREFIX):]: entry[0][1](entry[0][0]).detach().to("cpu")
               for key, entry in _originals(patcher).items() if entry[0][0] is not None}
     checkpoint = QuantizedCheckpoint(describe(patcher.model, name, {"source": name}), {}, floats)
     return model_over(patcher, checkpoint, name, dtypes, disable_dynamic=True)
 
 
-def _refuse_bypass_lora(patcher, after: str) -> None:
+def _refuse_bypass_lora(patcher, instead: str) -> None:
     if patcher.injections:
-        raise QuantTuneError(
-            "This MODEL carries a bypass LoRA, which would stay on the float model; apply it after "
-            f"{after} instead.")
+        raise QuantTuneError("This MODEL carries a bypass LoRA, which would stay on the float "
+                             f"model; {instead}.")
 
 
 def _originals(patcher) -> dict:

@@ -50,17 +50,20 @@ class Replay:
         self.record, self.patcher = record, patcher
         self.blocks = blocks_of(patcher.model.diffusion_model)
         self._known: list[list[tuple[str, object]]] = []
+        self._left = SHARE * comfy.model_management.get_free_memory(patcher.load_device)
         options = patcher.model_options["transformer_options"]
         self.options = {**options, "wrappers": patcher.wrappers}
-        left = SHARE * comfy.model_management.get_free_memory(patcher.load_device)
-        for index in range(len(record.calls)):
-            calls = self._watch(index)
-            left -= sum(_bytes(output) for _, output in calls)
-            if left < 0:
-                break
-            self._known.append(calls)
-        if self._known and not self._exact():
+        try:
+            for index in range(len(record.calls)):
+                calls = self._watch(index)
+                if self._left < 0:
+                    break
+                self._known.append(calls)
+            if self._known and not self._exact():
+                self._known = []
+        except torch.OutOfMemoryError:
             self._known = []
+            comfy.model_management.soft_empty_cache()
 
     @property
     def kept(self) -> int:
@@ -78,11 +81,15 @@ class Replay:
         calls: list[tuple[str, object]] = []
 
         def look(name):
-            return lambda module, args, output: calls.append((name, _copied(output)))
+            def hook(module, args, output):
+                self._left -= _bytes(output)
+                if self._left >= 0:
+                    calls.append((name, _copied(output)))
+            return hook
 
         hooks = [m.register_forward_hook(look(n)) for n, m in self.blocks.items()]
         try:
-            self.record.again(index, self.patcher, self.options)
+            self._whole(index)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -93,8 +100,14 @@ class Replay:
         calls = [name for name, _ in self._known[index]]
         own = {b for b in self.blocks if any(n == b or n.startswith(f"{b}.") for n in layers)}
         outside = any(not any(n == b or n.startswith(f"{b}.") for b in own) for n in layers)
-        places = [i for i, name in enumerate(calls) if name in own]
-        return 0 if outside or not places else places[0]
+        # What was never seen to be called may be reached in another way, at any place.
+        if outside or not own or own - set(calls):
+            return 0
+        return next(i for i, name in enumerate(calls) if name in own)
+
+    def _whole(self, index: int) -> torch.Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.record.again(index, self.patcher, self.options)
 
     @contextmanager
     def _taken_up(self, index: int, first: int) -> Iterator[None]:
@@ -103,25 +116,26 @@ class Replay:
         for name, output in self._known[index][:first] if first else []:
             waiting.setdefault(name, []).append(output)
         # The host puts forwards of its own on modules, too.
-        before = {name: self.blocks[name].__dict__.get("forward") for name in waiting}
+        before = {}
         for name, outputs in waiting.items():
             module = self.blocks[name]
+            before[name] = module.__dict__.get("forward")
             module.__dict__["forward"] = _answering(module.forward, outputs)
         try:
             yield
         finally:
-            for name, forward in before.items():
-                del self.blocks[name].__dict__["forward"]
+            for name, forward in reversed(before.items()):
+                self.blocks[name].__dict__.pop("forward", None)
                 if forward is not None:
                     self.blocks[name].__dict__["forward"] = forward
 
     def _exact(self) -> bool:
         """Whether the first forward, taken up at some places, gives what the whole gives."""
-        whole = self.record.again(0, self.patcher, self.options)
+        whole = self._whole(0)
         count = len(self._known[0])
         for place in sorted({count * (i + 1) // (TRIED + 1) for i in range(TRIED)}):
             with self._taken_up(0, place):
-                if not torch.equal(self.record.again(0, self.patcher, self.options), whole):
+                if not torch.equal(self._whole(0), whole):
                     return False
         return True
 

@@ -17,7 +17,7 @@ from ..quant.plan import BitPlan
 from .benchmark import benchmark
 from .build import quantized_model
 from .check import check_model
-from .dynamic_int8 import dynamic_int8
+from .dynamic_int8 import dynamic_int8, fast_float
 from .pareto import Candidates, pareto
 from .pictures import SamplingSettings, empty_latent
 from .plan import SEARCHED, bit_plan
@@ -82,7 +82,8 @@ class ReportSettings:
 
 def report_on(model, clip, vae, name: str, how: ReportSettings, command: str = "",
               say: Callable[[str], None] = lambda text: None) -> Report:
-    """Measure a float MODEL in every way there is, and write up what was found.
+    """Measure time and memory, sensitivity to fewer bits, plans of a size and error over size and
+    time of a float MODEL, check one plan, and write up what was found.
 
     Args:
         model, clip, vae: the host's, of one checkpoint.
@@ -147,7 +148,11 @@ def report_on(model, clip, vae, name: str, how: ReportSettings, command: str = "
 
 def _costs(model, latent, positive, negative, how: ReportSettings):
     """Benchmark of the float model, integer products and uniform bits, freed afterwards."""
-    models = [("float", model), ("INT8 products", dynamic_int8(model)[0])]
+    models = [("float", model)]
+    fast, fast_name = fast_float(model)
+    if fast_name != "float":
+        models.append((fast_name, fast))
+    models.append(("INT8 products", dynamic_int8(model)[0]))
     models += [(f"{bits} bits", quantize_model(model, QuantSpec(bits, range="mse"))[0])
                for bits in how.bits]
     # One prompt: of several, each step would run them all.
@@ -175,9 +180,12 @@ def sensitivity_text(found: Sensitivity) -> str:
     labels = [label_of(p) for p in found.precisions]
     rows = [(group, *(f"{100 * max(e, 0.0) ** 0.5:.2g}%" for e in errors))
             for group, errors in found.by_group().items()]
-    parts = ["Relative error of the model's output when only these are quantized, on "
-             f"{sum(found.forwards)} forwards.", table(["kind of layer", *labels], rows)]
-    if len(found.units) == len(found.shapes):
+    alone = len(found.units) == len(found.shapes)
+    what = ("of the layers of a kind, each quantized alone, taken together as if independent"
+            if alone else "when only the layers of a kind are quantized")
+    parts = [f"Relative error of the model's output {what}, on {sum(found.forwards)} forwards.",
+             table(["kind of layer", *labels], rows)]
+    if alone:
         worst = [found.worst(p, WORST) for p in found.precisions]
         parts += [f"The {len(worst[0])} layers that lose most alone:",
                   table(["", *labels], [(i, *(f"`{name}` {100 * error:.2g}%"

@@ -12,7 +12,6 @@ from ..quant import QuantTuneError
 from .command import load_float, make_folder, start_host
 
 NAME = "report"
-PARTS = 4
 STARTER = {
     "prompts": ("a red striped star on a blue background",
                 "a small green circle on the left, white background",
@@ -43,13 +42,11 @@ def report(options: Namespace, command: str = "") -> int:
     words.update({name: value for name in TOLD if (value := getattr(options, name)) is not None})
     if options.prompts:
         words["prompts"] = tuple(line for word in options.prompts for line in read_prompts(word))
-        if options.samples is None:
-            # Each has its turn.
-            words["samples"] = max(words.get("samples", 4), len(words["prompts"]))
-    words["bits"] = tuple(dict.fromkeys(words.get("bits", (8, 4, 2))))
+    if options.bits:
+        words["bits"] = tuple(dict.fromkeys(options.bits))
     make_folder(folder, "of --out")
-    start_host(options.device)
     try:
+        start_host(options.device)
         return _measure(options, words, folder, command)
     except KeyboardInterrupt:
         print("Stopped; no report was written.", file=sys.stderr)
@@ -63,6 +60,9 @@ def _measure(options: Namespace, words: dict, folder: Path, command: str) -> int
 
     from .report import ReportSettings, report_on
 
+    if options.prompts and options.samples is None:
+        # Each has its turn.
+        words["samples"] = max(words.get("samples", ReportSettings.samples), len(words["prompts"]))
     how = ReportSettings(**words)
     for name, known in (("sampler", comfy.samplers.KSampler.SAMPLERS),
                         ("scheduler", comfy.samplers.KSampler.SCHEDULERS)):
@@ -115,7 +115,7 @@ class Console:
         """A part begins."""
         self.parts += 1
         self.start = self.last = time.monotonic()
-        print(f"[{self.parts}/{PARTS}] {text}", flush=True)
+        print(f"{self.parts}. {text}", flush=True)
 
     def progress(self, value, total, preview=None, node_id=None) -> None:
         """The host's hook; bars inside a part (of a quantization, say) are not marked."""

@@ -83,6 +83,10 @@ class Samples:
             torch.tensor([sigma, 0.0]), positive, self.negative, latent, seed=seed,
             disable_pbar=True, callback=callback)
 
+    def picture(self, index: int) -> int:
+        """What sample ``index`` is of: samples of one given latent are of one picture."""
+        return index if self.generates else index % len(self.latent)
+
     @property
     def forwards(self) -> int:
         """Of the model in one sample, guidance counted once."""

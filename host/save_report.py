@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..metrics.report import FORMATS, Attachment, Picture, Report, Section, save_report
 from ..quant import QuantTuneError
+from .benchmark import device_name
 from .folders import output_path
 
 EXAMPLE = "reports/quanttune"
@@ -37,7 +38,7 @@ class Part:
 
 
 def save_parts(title: str, note: str, parts: Sequence[Part], csv: str | None, prefix: str,
-               format: str, workflow: Mapping | None = None) -> tuple[str, str, Report]:
+               format: str, workflow: Mapping | None = None) -> tuple[str, str]:
     """Write a report into the output folder.
 
     Args:
@@ -50,7 +51,7 @@ def save_parts(title: str, note: str, parts: Sequence[Part], csv: str | None, pr
             started with --disable-metadata.
 
     Returns:
-        The page's path, what to tell, and the report.
+        The page's path, and what to tell.
 
     Raises:
         QuantTuneError: nothing is connected, a name outside the output folder, or a disk that does
@@ -71,16 +72,13 @@ def save_parts(title: str, note: str, parts: Sequence[Part], csv: str | None, pr
     base = output_path(prefix, "", EXAMPLE)
     written = save_report(report, base, format)
     told = "\n".join([*(f"Saved {path}" for path in written), "", report.text()])
-    return str(written[0]), told, report
+    return str(written[0]), told
 
 
 def environment() -> dict[str, str]:
     """Versions and the device, for reports."""
-    device = management.get_torch_device()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread"
-        f"{'s' if torch.get_num_threads() > 1 else ''}")
-    return {"device": where, "ComfyUI": comfyui_version.__version__,
+    return {"device": device_name(management.get_torch_device()),
+            "ComfyUI": comfyui_version.__version__,
             "PyTorch": str(torch.__version__), "Python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}"}
 

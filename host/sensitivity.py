@@ -101,7 +101,8 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     dtype = patcher.model.manual_cast_dtype or torch.float16
     modules = dict(patcher.model.diffusion_model.named_modules())
-    replay = Replay(record, patcher)
+    missing = any((u, p) not in done for u in units for p in how.precisions)
+    replay = Replay(record, patcher) if missing else None
     bar = comfy.utils.ProgressBar(len(units) * len(how.precisions), node_id=node_id)
     rows = []
     for unit, names in units.items():

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..quant.groups import group_of
-from ..quant.plan import FLOAT, BitPlan
 from .charts import INK, SECOND, new_figure, render_figure
 
 REST = "attention, norms and the rest"
@@ -109,10 +108,6 @@ class LayerTimes:
     def least(self) -> float:
         """The least share that a plan can have, rounded up to two digits."""
         return math.ceil(100 * self.share(self.fastest())) / 100
-
-    def share_of(self, plan: BitPlan) -> float:
-        """`share` of a plan, the layers of which that are not `FLOAT` multiply integers."""
-        return self.share({name for name, bits in plan.bits.items() if bits != FLOAT})
 
     def by_group(self) -> dict[str, tuple[float, float]]:
         """Group to its seconds in float, and with the products that are faster; largest first."""

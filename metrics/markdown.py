@@ -17,7 +17,8 @@ _HEADING = re.compile(r"(#{1,6})[ ]+(.*)")
 _ITEM = re.compile(r"[-*][ ]+(.*)")
 _NUMBERED = re.compile(r"\d{1,9}[.)][ ]+(.*)")
 _NUMBER = re.compile(
-    r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?([ ]?(%|x|×|MiB|GiB|s|ms))?|nan|inf|[-–]|", re.I)
+    r"[-+−]?(\d[\d,]*(\.\d+)?|\.\d+)(e[-+]?\d+)?([ ]?(%|x|×|MiB|GiB|s|ms))?|nan|inf|[-–]|", re.I)
+_FENCE = re.compile(r"`{3,}[^`]*")
 _INLINE = re.compile(r"`([^`\n]+)`|\*\*([^*\n]+)\*\*")
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -55,6 +56,11 @@ def printable(text: str) -> str:
     return _UNSEEN.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def one_line(text: str) -> str:
+    """Printable text with every run of blanks and line ends as one blank."""
+    return " ".join(printable(text).split())
+
+
 def blocks(text: str) -> list[Block]:
     """Read a text. Lines stay lines, since that is how nodes print; columns that are aligned by
     blanks become a table, or code where their number changes."""
@@ -65,7 +71,7 @@ def blocks(text: str) -> list[Block]:
         line = lines[at].strip()
         if not line:
             at += 1
-        elif line.startswith("```"):
+        elif _FENCE.fullmatch(line):
             end = next((i for i in range(at + 1, len(lines)) if lines[i].strip() == "```"),
                        len(lines))
             found.append(Block("code", tuple(lines[at + 1:end])))
@@ -116,7 +122,7 @@ def _starts_table(lines: Sequence[str], at: int) -> bool:
 
 def _starts_another(lines: Sequence[str], at: int) -> bool:
     line = lines[at].strip()
-    return (not line or line.startswith("```") or _starts_table(lines, at)
+    return (not line or _FENCE.fullmatch(line) is not None or _starts_table(lines, at)
             or any(p.fullmatch(line) for p in (_HEADING, _ITEM, _NUMBERED)))
 
 
@@ -218,5 +224,5 @@ def _line(text: str) -> str:
 def escape(text: str) -> str:
     """A text for Markdown, in which none of it is markup."""
     # Underscores between letters are none, and layers' names are full of them.
-    text = re.sub(r"([\\`*\[\]])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
+    text = re.sub(r"([\\`*~$\[\]])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -24,6 +24,7 @@ class Point:
         time: of a step, over the float model's, measured.
         error: relative, of the model's output.
         ssim: of its pictures with the float model's, or None.
+        quantized: whether any layer is.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Point:
     time: float
     error: float
     ssim: float | None = None
+    quantized: bool = True
 
 
 def front(points: Sequence[Point], cost: str = "size") -> list[Point]:

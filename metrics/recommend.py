@@ -22,25 +22,26 @@ SHARE, MOST_LAYERS = 0.5, 8
 
 
 def recommend(points: Sequence[Point], limits: Sequence[float] = LIMITS) -> list[str]:
-    """Sentences about the points of a Pareto front, of which the float model is the one without
-    error: the smallest and the fastest under each limit, plans against uniform bits, and what is
-    never worth it."""
-    quantized = [p for p in points if p.error != 0]
+    """Sentences about the points of a Pareto front: the smallest and the fastest under each limit,
+    against the fastest float; plans against uniform bits; and what is never worth it."""
+    quantized = [p for p in points if p.quantized]
     if not quantized:
         return ["Nothing was quantized, so that nothing follows."]
-    floats = [p for p in points if p.error == 0]
+    floats = sorted((p for p in points if not p.quantized), key=lambda p: p.time)
     sound = [p for p in quantized if math.isfinite(p.error)]
     found: list[str] = []
     for limit, before in zip(limits, [None, *limits]):
         # A limit that changes nothing needs no sentences of its own.
         if before is None or _best(limit, sound) != _best(before, sound):
             found += _under(limit, sound, floats)
-    slow = [limit for limit in limits
-            if (chosen := _best(limit, sound)) is not None and chosen[1].time >= 1]
+    slow = [limit for limit in limits if (chosen := _best(limit, sound)) is not None
+            and chosen[1].time >= _float_time(floats)]
     if slow:
         fastest = _best(max(slow), sound)[1]
-        found.append(f"Nothing quantized with at most {max(slow):.0%} error is faster than float "
-                     f"here; the nearest is {fastest.name} at {fastest.time:.2f} x its time.")
+        found.append(f"Nothing quantized with at most {max(slow):.0%} error is faster than "
+                     f"{floats[0].name if floats else 'float'} "
+                     f"({_float_time(floats):.2f} x the time of float) here; the nearest is "
+                     f"{fastest.name} at {fastest.time:.2f} x.")
     found += _plans(sound)
     useful = {p.name for cost in ("size", "time") for p in front([*floats, *sound], cost)}
     useless = [p.name for p in sound if p.name not in useful]
@@ -71,13 +72,24 @@ def _under(limit: float, points: Sequence[Point], floats: Sequence[Point]) -> li
     found = [f"**Smallest with at most {limit:.0%} error: {smallest.name}**, "
              f"{smallest.size / 2**20:,.1f} MiB of weights{share}, {smallest.error:.1%} error, "
              f"{smallest.time:.2f} x the time of float."]
-    if fastest.time < 1 and fastest is not smallest:
+    if fastest.time >= _float_time(floats):
+        return found
+    if fastest is not smallest:
         found.append(f"**Fastest with at most {limit:.0%} error: {fastest.name}**, "
                      f"{fastest.time:.2f} x the time of float, {fastest.error:.1%} error, "
                      f"{fastest.size / 2**20:,.1f} MiB of weights.")
-    elif fastest.time < 1:
+    else:
         found.append(f"It is also the fastest with at most {limit:.0%} error.")
+    if _float_time(floats) < 1:
+        found.append(f"Without any integers, {floats[0].name} takes {floats[0].time:.2f} x the "
+                     f"time of float already: {fastest.name} takes "
+                     f"{fastest.time / floats[0].time:.2f} x of that.")
     return found
+
+
+def _float_time(floats: Sequence[Point]) -> float:
+    """Of the fastest float model, over the first one's."""
+    return min([1.0, *(p.time for p in floats)])
 
 
 def _plans(points: Sequence[Point]) -> list[str]:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from ..quant.safe_file import unwritten, written_whole
-from .markdown import blocks, escape, printable, to_markdown
+from .markdown import blocks, escape, one_line, printable, to_markdown
 from .report_page import page
 
 HTML, MARKDOWN, BOTH = "HTML", "Markdown", "both"
@@ -104,16 +104,16 @@ class Report:
         """The Markdown, and name to content of the files it expects in ``folder`` beside it."""
         files: dict[str, bytes] = {}
         base = quote(folder)
-        parts = [f"# {escape(_line(self.title))}", escape(_line(self.facts)),
+        parts = [f"# {escape(one_line(self.title))}", escape(one_line(self.facts)),
                  to_markdown(blocks(self.note), 1)]
         for section in self.sections:
             if section.heading:
-                parts.append(f"## {escape(_line(section.heading))}")
+                parts.append(f"## {escape(one_line(section.heading))}")
             parts.append(to_markdown(blocks(section.text)))
             for picture in section.pictures:
                 name = f"{len(files) + 1:02}-{_plain(picture.caption or section.heading)}.png"
                 files[name] = picture.png()
-                parts.append(f"![{escape(_line(picture.caption))}]({base}/{quote(name)})")
+                parts.append(f"![{escape(one_line(picture.caption))}]({base}/{quote(name)})")
         links = []
         for name, attachment in zip(self._names(), self.attachments):
             files[name] = printable(attachment.content).encode()
@@ -135,10 +135,6 @@ class Report:
         return found
 
 
-def _line(text: str) -> str:
-    return " ".join(printable(text).split())
-
-
 def _plain(text: str, otherwise: str = "picture") -> str:
     """A short name of letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or otherwise
@@ -148,7 +144,7 @@ def save_report(report: Report, base: str | os.PathLike[str], format: str = BOTH
     """Write a report to ``base`` with .html or .md added; what was there of it is replaced.
 
     Markdown's pictures and files go to ``<name>_files`` beside it. On an error, an interrupt or a
-    full disk nothing half-written is left, and what stood there before still does.
+    full disk nothing half-written is left: each page is the new one or the one before, whole.
 
     Returns:
         Paths of the pages, the HTML one first.
@@ -163,13 +159,15 @@ def save_report(report: Report, base: str | os.PathLike[str], format: str = BOTH
     # A name that ends in "_", as the host's savers make them, gives only one to the folder.
     folder = base.with_name(f"{base.name.rstrip('_')}_files")
     new = [path for path in paths if not path.exists()]
+    # All of it before any of it is written: only the disk can fail then.
+    page_text = report.html().encode() if format in (HTML, BOTH) else b""
+    text, files = report.markdown(folder.name) if format in (MARKDOWN, BOTH) else ("", {})
     try:
         for path in paths:
             if path.suffix == ".html":
                 with written_whole(path) as file:
-                    file.write(report.html().encode())
+                    file.write(page_text)
             else:
-                text, files = report.markdown(folder.name)
                 _write_with_folder(path, text.encode(), folder, files)
     except BaseException:
         for path in new:

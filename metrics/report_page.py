@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .markdown import blocks, inline_html, printable, to_html
+from .markdown import blocks, inline_html, one_line, to_html
 
 if TYPE_CHECKING:
     from .report import Picture, Report, Section
@@ -79,7 +79,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def page(report: Report, files: Sequence[tuple[str, bytes]]) -> str:
     """The page of a report; ``files`` are name and content of what can be taken from it."""
-    title = html.escape(_line(report.title))
+    title = html.escape(one_line(report.title))
     parts = [
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -87,12 +87,12 @@ def page(report: Report, files: Sequence[tuple[str, bytes]]) -> str:
         f"<title>{title}</title>", f"<style>{STYLE}</style>", "</head>", "<body>", "<main>",
         "<header>", f"<h1>{title}</h1>"]
     if report.facts:
-        parts.append(f'<p class="facts">{inline_html(_line(report.facts))}</p>')
+        parts.append(f'<p class="facts">{inline_html(one_line(report.facts))}</p>')
     if report.note.strip():
         parts.append(to_html(blocks(report.note), 1))
     named = [(i, s) for i, s in enumerate(report.sections, 1) if s.heading]
     if len(named) > 1:
-        links = "\n".join(f'<a href="#part-{i}">{html.escape(_line(s.heading))}</a>'
+        links = "\n".join(f'<a href="#part-{i}">{html.escape(one_line(s.heading))}</a>'
                           for i, s in named)
         parts.append(f'<nav aria-label="Parts">\n{links}\n</nav>')
     parts.append("</header>")
@@ -106,7 +106,7 @@ def page(report: Report, files: Sequence[tuple[str, bytes]]) -> str:
 def _section(section: Section, number: int) -> str:
     parts = [f'<section id="part-{number}">']
     if section.heading:
-        parts.append(f"<h2>{html.escape(_line(section.heading))}</h2>")
+        parts.append(f"<h2>{html.escape(one_line(section.heading))}</h2>")
     if section.text.strip():
         parts.append(to_html(blocks(section.text)))
     if section.pictures:
@@ -117,7 +117,7 @@ def _section(section: Section, number: int) -> str:
 
 def _figure(picture: Picture, heading: str) -> str:
     width, height = picture.image.size
-    caption = html.escape(_line(picture.caption))
+    caption = html.escape(one_line(picture.caption))
     small = ' class="small"' if width <= SMALL else ""
     # What the heading says already need not be seen twice.
     told = f"<figcaption>{caption}</figcaption>" if picture.caption not in ("", heading) else ""
@@ -130,7 +130,3 @@ def _file(name: str, content: bytes) -> str:
     return (f'<li><a download="{html.escape(name)}" href="data:{kind};base64,'
             f'{b64encode(content).decode()}">{html.escape(name)}</a> '
             f"({max(1, round(len(content) / 1024)):,} KiB)</li>")
-
-
-def _line(text: str) -> str:
-    return " ".join(printable(text).split())

@@ -8,8 +8,8 @@ from .layer_times import LayerTimes
 from .sensitivity import INT8, Sensitivity
 
 
-def time_plan(sensitivity: Sensitivity, times: LayerTimes, share: float,
-              label: str = "") -> tuple[BitPlan, float]:
+def time_plan(sensitivity: Sensitivity, times: LayerTimes,
+              share: float) -> tuple[BitPlan, float]:
     """The plan of the least expected error whose step takes at most ``share`` of the float one's.
 
     A layer multiplies integers (8 bits) or stays float; fewer bits are not faster. Seconds of
@@ -60,5 +60,5 @@ def time_plan(sensitivity: Sensitivity, times: LayerTimes, share: float,
     taken = {name for unit, choice in chosen.items() if choice.bits
              for name in sensitivity.units[unit] if times.gains(name)}
     plan = BitPlan({name: 8 if name in taken else FLOAT for name in sensitivity.shapes},
-                   label or f"{share:g} of the float model's time, searched")
+                   f"{share:g} of the float model's time, searched")
     return plan, sum(c.error for c in chosen.values()) ** 0.5

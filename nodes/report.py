@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.images import as_image
 from ..host.save_report import Part, save_parts
 from ..metrics.report import FORMATS, HTML
 
@@ -50,7 +49,7 @@ class SaveReport(io.ComfyNode):
             ],
             outputs=[io.String.Output("path", display_name="path",
                                       tooltip="Where it was written; of both, the HTML file.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -60,9 +59,9 @@ class SaveReport(io.ComfyNode):
         parts = [Part(heading, connected.get(f"report_{p}"), connected.get(f"chart_{p}"))
                  for p, heading in zip(PARTS, lines)]
         workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
-        path, told, report = save_parts(title, note, parts, csv, filename_prefix, format, workflow)
-        shown = [ui.PreviewImage(as_image(picture.image), cls=cls).as_dict()
-                 for section in report.sections for picture in section.pictures]
+        path, told = save_parts(title, note, parts, csv, filename_prefix, format, workflow)
+        shown = [ui.PreviewImage(part.images, cls=cls).as_dict() for part in parts
+                 if part.images is not None and len(part.images)]
         images = {"images": [entry for one in shown for entry in one["images"]],
                   "animated": (False,)} if shown else {}
         return io.NodeOutput(path, ui={**images, **ui.PreviewText(told).as_dict()})

@@ -92,8 +92,8 @@ def test_each_layer_of_integers_computes_what_was_trained():
     model, _ = calibrated(source, bits=4, dynamic_cross_attention=False)
     options = model.model_options["transformer_options"]
     mode = options[OPTION]
-    record = qat._recorded(source, Samples({"samples": torch.zeros(1, 4, 16, 16)},
-                                           prompts(source), (), Calibration(**HOW)))
+    record, _ = qat._recorded(source, Samples({"samples": torch.zeros(1, 4, 16, 16)},
+                                              prompts(source), (), Calibration(**HOW)))
     with training_copy(model, "fp32") as denoiser, torch.no_grad():
         student = qat.HostStudent(denoiser, mode, record, range(len(record.calls)),
                                   qat._float_weights(source, mode))
@@ -167,17 +167,31 @@ def test_a_damaged_state_says_so(output_folder):
     assert (folder / FILE).exists()
 
 
-@pytest.mark.parametrize(("forwards", "pictures"), [(2, 1), (3, 1), (160, 8), (160, 4), (41, 8)])
-def test_what_is_held_out_is_never_trained_on_and_spread(forwards, pictures):
+@pytest.mark.parametrize(("owners", "held_out"), [
+    ([0, 0], 1), ([0, 0, 0], 1), ([i // 20 for i in range(160)], 20),
+    ([i // 20 for i in range(60)], 20), ([i % 3 for i in range(9)], 3), ([0] * 80, 10),
+], ids=["two steps", "three steps", "eight pictures", "three pictures", "given latents", "one"])
+def test_what_is_held_out_is_never_trained_on(owners, held_out):
     from quanttune.host import qat
 
-    train, held = qat._divided(forwards, pictures)
-    assert sorted(train + held) == list(range(forwards))
-    assert len(held) == max(1, forwards // 8)
-    if (forwards, pictures) == (160, 8):
-        assert {i // 20 for i in held}.isdisjoint(i // 20 for i in train), "a whole picture"
-    if pictures == 4:
+    train, held = qat._divided(owners)
+    assert sorted(train + held) == list(range(len(owners))) and len(held) == held_out
+    if len(set(owners)) > 1:
+        assert {owners[i] for i in held}.isdisjoint(owners[i] for i in train)
+    elif len(owners) == 80:
         assert len({i % 8 for i in held}) > 4, "every step of the sampler is judged"
+
+
+def test_latents_of_one_picture_are_held_out_together():
+    from quanttune.host import qat
+    from quanttune.host.calibrate import Calibration
+    from quanttune.host.samples import Samples
+
+    source = models.small_model()
+    latent = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = Samples({"samples": latent}, prompts(source), (), Calibration(samples=7))
+    record, owners = qat._recorded(source, samples)
+    assert owners == [0, 1, 2, 0, 1, 2, 0] and len(record.calls) == 7
 
 
 def test_says_so_when_training_did_not_help():

@@ -88,6 +88,36 @@ def test_several_layers_begin_at_the_first_and_unknown_ones_at_the_start():
     assert places[0] > places[1] == places[2] > places[3] == 0
 
 
+def test_a_layer_that_is_reached_in_another_way_counts_from_the_start():
+    """Block a is used without being called: nobody knows when, so that nothing can be skipped."""
+    from quanttune.host import replay as module
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x, **_):
+            return self.c(self.b(torch.nn.functional.linear(x, self.a.weight)))
+
+    replay, unet = replay_of(small_model()), Around()
+    replay.record.again = lambda index, patcher, options: unet(torch.ones(2, 4))
+    replay.blocks = module.blocks_of(unet)
+    replay._known = [replay._watch(0)]
+    assert replay._first(0, ["c"]) == 1
+    assert replay._first(0, ["a", "c"]) == replay._first(0, ["a"]) == 0
+
+
+def test_too_little_memory_in_the_middle(monkeypatch):
+    from quanttune.host.replay import Replay
+
+    def fails(self, index):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Replay, "_watch", fails)
+    assert replay_of(small_model()).kept == 0
+
+
 def test_a_model_that_writes_into_earlier_outputs_runs_whole():
     """Block b writes into what block a gave, which the end reads again."""
     from quanttune.host import replay as module

@@ -80,7 +80,8 @@ def test_no_text_becomes_html(text):
     ("*star* _under_ in_layers_0", "\\*star\\* \\_under\\_ in_layers_0"), ("a & b", "a &amp; b"),
     ("> quoted", "&gt; quoted"), ("+ plus", "\\+ plus"), ("`code_<x>`", "`code_<x>`"),
     ("===", "\\==="), ("plan 4.2 | x", "plan 4.2 | x"),
-    ("4.5 %", "4.5 %"), ("-0.5", "\\-0.5")])
+    ("4.5 %", "4.5 %"), ("-0.5", "\\-0.5"), ("~~~", "\\~\\~\\~"),
+    ("~~b~~", "\\~\\~b\\~\\~"), ("$x$", "\\$x\\$")])
 def test_no_text_becomes_markdown(text, kept):
     assert to_markdown(blocks(text)) == kept
 
@@ -88,6 +89,16 @@ def test_no_text_becomes_markdown(text, kept):
 def test_a_fence_is_longer_than_those_inside():
     code = blocks("```\n````\n```")[0]
     assert to_markdown([code]).startswith("`````\n````\n`````")
+
+
+def test_code_that_begins_a_line_is_no_fence():
+    found = blocks("```x``` is code\nand this is not")
+    assert [b.kind for b in found] == ["paragraph"] and "and this is not" in to_html(found)
+
+
+def test_a_long_cell_is_read_in_no_time():
+    """A pattern that tries all divisions of the digits would take minutes."""
+    assert not numeric((("a",), ("1" * 100_000 + "y",)), 0)
 
 
 def test_columns_of_numbers():
