@@ -29,7 +29,7 @@ from .int8 import OPTION
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
-from .quantize import quantizable_layers, quantize_model
+from .quantize import originals, quantizable_layers, quantize_model, refuse_bypass_lora
 from .routing import OPTION as ROUTER
 from .samples import Samples
 from .train import RUNS
@@ -133,6 +133,8 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     if OPTION in patcher.model_options["transformer_options"]:
         patcher = patcher.clone()
         patcher.model_options["transformer_options"].pop(OPTION)
+    if own is None:
+        refuse_bypass_lora(patcher, "apply it after 'Calibrate INT8' instead")
     samples = Samples(latent, positive, negative, how)
     modules, kept, splits = _layers(patcher, how)
     run = _Run(patcher, samples, splits, how)
@@ -149,7 +151,9 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     else:
         quantized = patcher.clone()
     checkpoint = quantized_model(quantized).checkpoint
-    facts = {**asdict(how), "estimator": how.estimator.value, "prompts": len(samples.positive)}
+    router = patcher.model_options["transformer_options"].get(ROUTER)
+    facts = {**asdict(how), "estimator": how.estimator.value, "prompts": len(samples.positive),
+             "scales": "" if router is None else router.digest}
     checkpoint = replace(checkpoint, ranges=ranges,
                          metadata=replace(checkpoint.metadata, calibration=facts))
     quantized.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, quantized_model(
@@ -212,7 +216,9 @@ class _Run:
             self._restore(load_state(self.folder) or self.state)
         except (QuantTuneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             self.forget()  # damaged, or of a version before: the work is done again
-            self.watch = ActivationWatch(patcher, splits, how.timestep_buckets)
+            rows, self.watch = self.watch.rows, ActivationWatch(patcher, splits,
+                                                                how.timestep_buckets)
+            self.watch.rows = rows
 
     def _restore(self, state: dict) -> None:
         weights = {n: _unpacked(w) for n, w in state["weights"].items()}
@@ -338,13 +344,11 @@ def identity_of(patcher) -> str:
     for key, value in sorted(sampling.state_dict().items()):
         digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     router = patcher.model_options["transformer_options"].get(ROUTER)
-    for scale_set, strength in router.entries if router is not None else ():
-        digest.update(repr((scale_set.num_experts, strength)).encode())
-        for tensor in scale_set.tensors():
-            digest.update(tensor.float().cpu().numpy().tobytes())
+    if router is not None:
+        digest.update(router.digest.encode())
     if own is not None:
         return own.fingerprint + digest.hexdigest()
-    for key, entry in sorted(patcher.get_key_patches("diffusion_model.").items()):
+    for key, entry in sorted(originals(patcher).items()):
         weight = entry[0][0]
         digest.update(f"{key}{tuple(weight.shape)}".encode())
         flat = weight.flatten()

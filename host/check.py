@@ -15,6 +15,7 @@ import torch
 from ..metrics.memory import peak_memory
 from ..quant import QuantTuneError
 from .build import quantized_model
+from .explain import explained
 from .pictures import SamplingSettings, sample_pictures
 
 SHARES = (0.98, 0.75, 0.5, 0.25, 0.02)
@@ -72,17 +73,27 @@ def check_model(patcher, clip, vae, prompt: str, settings: SamplingSettings, ref
     check = Check()
     _look(own.checkpoint, check)
     bar = comfy.utils.ProgressBar(len(SHARES) + 1, node_id=node_id)
-    management.load_models_gpu([patcher])
     device = management.get_torch_device()
-    with peak_memory(device) as found:
-        outputs = _outputs(patcher, clip, vae, prompt, settings, bar)
+    # Before: a text encoder is no part of a step, and may push the model off the card.
+    prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+    management.load_models_gpu([patcher])
+    with peak_memory(device) as found, explained(
+            f"The MODEL cannot run at {settings.width} x {settings.height} with this CLIP and VAE "
+            "({reason}); use those of its family, and a size that they take."):
+        outputs = _outputs(patcher, vae, prompts, settings, bar)
     for share, output in zip(SHARES, outputs):
         if not bool(output.isfinite().all()):
             check.faults.append(f"its output is NaN or infinite at {share:.0%} of the timesteps")
     check.lines.append(f"Memory: weights {patcher.model_size() / 2**20:,.0f} MiB, a step "
                        f"{found.extra / 2**20:,.0f} MiB above them (measured).")
     if reference is not None:
-        _compare(outputs, _outputs(reference, clip, vae, prompt, settings), check)
+        with explained("The reference cannot run on what the quantized MODEL ran on ({reason}); "
+                       "connect the float model that was quantized."):
+            floats = _outputs(reference, vae, prompts, settings)
+        if any(a.shape != b.shape for a, b in zip(outputs, floats)):
+            raise QuantTuneError("The reference makes latents of another shape; connect the float "
+                                 "model that was quantized.")
+        _compare(outputs, floats, check)
     if not check.faults:
         _make_picture(patcher, clip, vae, prompt, settings, check)
     bar.update(1)
@@ -112,13 +123,11 @@ def _look(checkpoint, check: Check) -> None:
                            f"{checkpoint.ranges.num_buckets} sets of them.")
 
 
-def _outputs(patcher, clip, vae, prompt: str, settings: SamplingSettings,
-             bar=None) -> list[torch.Tensor]:
+def _outputs(patcher, vae, prompts, settings: SamplingSettings, bar=None) -> list[torch.Tensor]:
     """Estimates of the picture from noise alone, at each of `SHARES`, float32 on the CPU."""
     from .pictures import empty_latent
 
-    positive = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    positive, negative = prompts
     latent = empty_latent(patcher, vae, settings.width, settings.height)
     noise = comfy.sample.prepare_noise(latent, settings.seed)
     sampling = patcher.get_model_object("model_sampling")

@@ -101,32 +101,49 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
     found = {layer: backend_for(modules[layer], device) for layer in sorted(chosen)}
     taken = sum(b is not None for b, _ in found.values())
     options = quantized.model_options["transformer_options"]
+    reasons = _reasons(found)
     if not taken:
-        _, refused = next(iter(found.values()))
-        reasons = "; ".join(f"{n}: {reason}" for n, reason in refused.items()) or "none is known"
         lines.append(f"Integer products are not available on {device} ({reasons}): the model "
                      "computes in float with its integer weights, which saves memory but no time.")
         logging.warning(lines[-1])
     else:
-        static = quantized_model(quantized).checkpoint.ranges if ranges == CALIBRATED else None
+        checkpoint = quantized_model(quantized).checkpoint
+        static, facts = (checkpoint.ranges if ranges == CALIBRATED else None,
+                         checkpoint.metadata.calibration)
         options[OPTION] = Int8Mode(
             frozenset(chosen), None if granularity == "auto" else Granularity(granularity),
-            static, quantized.model)
+            static, quantized.model, facts.get("scales", "") if static is not None else "")
+        multiply = {name for name, (backend, _) in found.items() if backend is not None}
         with_ranges = "" if static is None else (
-            f", {len(chosen & static.layers.keys())} of them with calibrated ranges")
+            f", {len(multiply & static.layers.keys())} of them with calibrated ranges")
         lines.append(f"{taken} of {len(modules)} layers multiply integers{with_ranges}. "
                      f"{int8_speed.describe(device, _computes_in(quantized, dtype))}")
+        if reasons:
+            lines.append(f"{len(found) - taken} layers cannot on {device} ({reasons}).")
     if fast_attention and hasten_attention(options, device):
         lines.append("Attention runs by PyTorch's kernel in place of ComfyUI's default.")
     return quantized, "\n".join(lines)
 
 
+def _reasons(found: dict) -> str:
+    """Why some layers have no backend, each reason once; ``found`` is layer to `backend_for`."""
+    told = dict.fromkeys(f"{name}: {reason}" for backend, refused in found.values()
+                         if backend is None for name, reason in refused.items())
+    none = any(backend is None and not refused for backend, refused in found.values())
+    return "; ".join([*told, *(["no backend is known"] if none else [])])
+
+
 def load_ready(path: str, name: str):
     """The MODEL of a quantized file; with calibrated ranges it multiplies integers at once."""
     patcher = load_model(path, name)
-    if quantized_model(patcher).checkpoint.ranges is None:
+    checkpoint = quantized_model(patcher).checkpoint
+    if checkpoint.ranges is None:
         return patcher
-    return dynamic_int8(patcher, name=name)[0]
+    # As it was calibrated: with other layers or another precision it would be another model.
+    facts = checkpoint.metadata.calibration
+    layers, precision = facts.get("layers", ALL), facts.get("precision", "auto")
+    return dynamic_int8(patcher, layers if layers in LAYERS else ALL,
+                        precision if precision in PRECISIONS else "auto", name=name)[0]
 
 
 def _integer_layers(patcher) -> dict:

@@ -34,12 +34,15 @@ class Int8Mode:
         granularity: what shares an activation scale; None for what suits the backend.
         ranges: calibrated ranges; layers without any take the range of the moment.
         model: the host's model, whose sampling says what its timesteps mean; needed with ranges.
+        scales: what `routing.ScaleRouter.digest` was at the calibration, "" without scales. With
+            others the activations are others, and ranges of the moment are taken.
     """
 
     layers: frozenset[str]
     granularity: Granularity | None = None
     ranges: ActivationRanges | None = None
     model: object = None
+    scales: str = ""
 
 
 class _Ready:

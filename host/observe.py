@@ -12,6 +12,9 @@ from ..quant.gptq import InputMoments, sample_rows
 from ..quant.int8 import RangeObserver
 from .routing import buckets_of, timesteps_of
 
+RUN_TIME = ("cond_or_uncond", "sigmas", "sample_sigmas")
+"""Of the transformer options, what the sampler tells each forward and patches may read."""
+
 
 class ActivationWatch:
     """Ranges, and where asked for second moments, of the inputs of a MODEL's layers.
@@ -82,7 +85,12 @@ class ActivationWatch:
                     raise QuantTuneError(
                         f"Layer '{name}' cannot be calibrated: {error}") from error
             if name in self.moments:
-                self.moments[name].add(sample_rows(x, module, self.rows, self._generator))
+                rows = sample_rows(x, module, self.rows, self._generator)
+                if not bool(rows.isfinite().all()):
+                    raise QuantTuneError(
+                        f"Layer '{name}' cannot be calibrated: it reads NaN or infinite values; "
+                        "use a precision the model can run in, or another file.")
+                self.moments[name].add(rows)
         return look
 
     def _observe(self, name: str, x: torch.Tensor, channels: int) -> None:
@@ -116,26 +124,38 @@ class ForwardRecord:
 
     Attributes:
         calls: ``(args, kwargs, output)`` of each.
+        options: transformer options of the forward that ``wanted`` is asked about.
     """
 
     def __init__(self, wanted: Callable[[int], bool] | None = None):
         self.wanted = wanted or (lambda number: True)
-        self.calls, self._seen = [], 0
+        self.calls, self.options = [], {}
+        self._seen, self._given = 0, None
 
     @contextmanager
     def recording(self, unet: torch.nn.Module) -> Iterator[None]:
         """Keep the wanted forwards of ``unet`` inside."""
-        hook = unet.register_forward_hook(self._keep, with_kwargs=True)
+        hooks = [unet.register_forward_pre_hook(self._before, with_kwargs=True),
+                 unet.register_forward_hook(self._after)]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def _keep(self, unet, args, kwargs, output) -> None:
+    def _before(self, unet, args, kwargs) -> None:
+        # Before, because a forward takes the residuals of a ControlNet out of their lists.
+        self._given = None
+        self.options = kwargs.get("transformer_options") or {}
         if self.wanted(self._seen):
-            kept = {k: v for k, v in kwargs.items() if k not in ("transformer_options", "control")}
-            self.calls.append((_copied(args), _copied(kept), output.detach().float().cpu()))
+            told = {name: self.options[name] for name in RUN_TIME if name in self.options}
+            self._given = _copied(args), _copied({**kwargs, "transformer_options": told})
         self._seen += 1
+
+    def _after(self, unet, args, output) -> None:
+        if self._given is not None:
+            self.calls.append((*self._given, output.detach().float().cpu()))
+            self._given = None
 
     def copy(self) -> ForwardRecord:
         """The same calls in tensors of their own, which autograd may keep."""
@@ -147,12 +167,21 @@ class ForwardRecord:
     def again(self, index: int, patcher, options: dict) -> torch.Tensor:
         """The output of the MODEL ``patcher`` (loaded) for a kept call.
 
-        ``options`` are the transformer options to run it with.
+        ``options`` are the transformer options to run it with; what the sampler told in the kept
+        call is added to them.
         """
-        model = patcher.model
+        model, device = patcher.model, patcher.load_device
         dtype = model.manual_cast_dtype or model.get_dtype()
-        args, kwargs = (_moved(v, patcher.load_device, dtype) for v in self.calls[index][:2])
-        return model.diffusion_model(*args, **kwargs, transformer_options=options)
+        timesteps = self.timesteps(index)
+
+        def moved(value):
+            # The host keeps timesteps in float32, and so bfloat16 would move them by up to four.
+            casts = value.is_floating_point() and value is not timesteps
+            return value.to(device, dtype if casts else value.dtype)
+
+        args, kwargs = (_mapped(v, moved) for v in self.calls[index][:2])
+        told = kwargs.pop("transformer_options", {})
+        return model.diffusion_model(*args, **kwargs, transformer_options={**options, **told})
 
     def timesteps(self, index: int) -> torch.Tensor | None:
         """Of a kept call."""
@@ -179,12 +208,10 @@ def _mapped(value, change):
         return change(value)
     if isinstance(value, dict):
         return {k: _mapped(v, change) for k, v in value.items()}
-    return tuple(_mapped(v, change) for v in value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, list):
+        return [_mapped(v, change) for v in value]
+    return tuple(_mapped(v, change) for v in value) if isinstance(value, tuple) else value
 
 
 def _copied(value):
     return _mapped(value, lambda t: (t.detach().float() if t.is_floating_point() else t).cpu())
-
-
-def _moved(value, device, dtype):
-    return _mapped(value, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))

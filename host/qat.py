@@ -25,12 +25,12 @@ from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord
 from .ops import scaled_layers
-from .quantize import model_over
+from .quantize import model_over, originals
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
 from .samples import Samples
 from .train import replaced, run_folder, stopped, tell
-from .training import checkpointed, training_copy
+from .training import PROBE, checkpointed, not_differentiable, training_copy
 
 HELD_OUT = 8
 """One picture in so many, and at least one, is not trained on, but tells the error afterwards."""
@@ -107,6 +107,26 @@ class HostStudent:
         return output, self.record.calls[call][2].to(self.device)
 
 
+    def prove(self) -> None:
+        """Raise QuantTuneError for a model whose host code cannot be differentiated.
+
+        Recomputed activations may hide that and give wrong gradients, so this is done without, on a
+        corner of the first latent.
+        """
+        call = self.train[0]
+        args, kwargs, output = self.record.calls[call]
+        self.record.calls[call] = ((args[0][..., :PROBE, :PROBE], *args[1:]), kwargs, output)
+        learns = [p for layer in self.layers.values() for p in layer.parameters()]
+        try:
+            with torch.enable_grad():
+                answer, _ = self.answer(0, checkpointing=False)
+                torch.autograd.grad(answer.float().square().sum(), learns, allow_unused=True)
+        except RuntimeError as error:
+            raise not_differentiable(error, self.patcher.model) from error
+        finally:
+            self.record.calls[call] = args, kwargs, output
+
+
 def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Sequence,
               how: Calibration, config: QatTraining, name: str,
               node_id: str | None = None, anew: bool = False) -> QatOutcome:
@@ -138,6 +158,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         examples = repr((samples.key(), asdict(how), identity_of(reference), held_out))
         student = HostStudent(denoiser, mode, record, train, floats,
                               hashlib.sha256(examples.encode()).hexdigest())
+        student.prove()
         with replaced(name, anew):
             trainer = QatTrainer(student, config, folder)
         message = trainer.run(_Watcher(config.steps, node_id))
@@ -225,7 +246,7 @@ def _error_of(record: ForwardRecord, patcher, indices: Sequence[int]) -> float:
 
 def _float_weights(reference, mode) -> dict[str, torch.Tensor]:
     found = {}
-    for key, entry in reference.get_key_patches("diffusion_model.").items():
+    for key, entry in originals(reference).items():
         name = key.removeprefix("diffusion_model.").removesuffix(".weight")
         if name in mode.layers:
             weight, convert = entry[0]

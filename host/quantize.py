@@ -55,7 +55,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     if quantized_model(patcher) is not None:
         raise QuantTuneError(
             "This MODEL is quantized already; connect 'Quantize UNet' to the float model instead.")
-    _refuse_bypass_lora(patcher, "apply it after 'Quantize UNet' instead")
+    refuse_bypass_lora(patcher, "apply it after 'Quantize UNet' instead")
     source = patcher.model
     layers_by_name = quantizable_layers(source)
     kept = keep_float(list(layers_by_name), keep) if isinstance(keep, str) else set(keep)
@@ -72,13 +72,13 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
                              "quantized; choose fewer layers to keep.")
     shapes = {layer: tuple(m.weight.shape) for layer, m in layers_by_name.items()}
     splits = shortcut_splits(shapes) if split_shortcuts else {}
-    originals = _originals(patcher)
+    kept_by_host = originals(patcher)
 
     checkpoint = QuantizedCheckpoint(metadata=None, layers={}, floats={})
     report = QuantizationReport()
     progress = ProgressBar(len(layers_by_name))
     device = comfy.model_management.get_torch_device()
-    for key, entry in originals.items():
+    for key, entry in kept_by_host.items():
         local = key[len(PREFIX):]
         weight, convert = entry[0]
         layer = local.removesuffix(".weight")
@@ -116,27 +116,29 @@ def float_model(patcher, name: str = "model", dtypes: tuple | None = None):
         patcher: as for `quantize_model`; patches, wrappers and sampling changes carry over.
         name, dtypes: as there.
     """
-    _refuse_bypass_lora(patcher, "use 'Load LoRA' for the measurement")
+    refuse_bypass_lora(patcher, "use 'Load LoRA' for the measurement")
     floats = {key[len(PREFIX):]: entry[0][1](entry[0][0]).detach().to("cpu")
-              for key, entry in _originals(patcher).items() if entry[0][0] is not None}
+              for key, entry in originals(patcher).items() if entry[0][0] is not None}
     checkpoint = QuantizedCheckpoint(describe(patcher.model, name, {"source": name}), {}, floats)
     return model_over(patcher, checkpoint, name, dtypes, disable_dynamic=True)
 
 
-def _refuse_bypass_lora(patcher, instead: str) -> None:
+def refuse_bypass_lora(patcher, instead: str) -> None:
+    """Raise QuantTuneError for a MODEL with a bypass LoRA, whose hooks are on its own layers."""
     if patcher.injections:
         raise QuantTuneError("This MODEL carries a bypass LoRA, which would stay on the float "
                              f"model; {instead}.")
 
 
-def _originals(patcher) -> dict:
+def originals(patcher) -> dict:
     """The host's weights of the diffusion model by key, each with how to bring it to float."""
     try:
         return patcher.get_key_patches(PREFIX)
     except AttributeError as error:
         raise QuantTuneError(
             "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
-            "load the fp16 or bf16 file of the same model instead.") from error
+            "load the fp16 or bf16 file of the same model instead, or an int8 file with 'Load "
+            "Quantized UNet'.") from error
 
 
 def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,

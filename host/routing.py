@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -28,6 +31,16 @@ class ScaleRouter:
                  entries: list[tuple[ScaleSet, float]]):
         self.model, self.entries = model, entries
         self.bank = ScaleBank(shapes, entries)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for routers that scale alike."""
+        digest = hashlib.sha256()
+        for scale_set, strength in self.entries:
+            digest.update(repr((scale_set.num_experts, strength)).encode())
+            for tensor in scale_set.tensors():
+                digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def resolve(self, timesteps: torch.Tensor) -> dict[str, LayerScales]:
         """Layer name to its vectors for the timesteps ``[B, ...]`` the diffusion model is given.
@@ -59,6 +72,9 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
                 "INT8' with dynamic ranges.")
         device = next(module.parameters()).device if timesteps is None else timesteps.device
         buckets = ()
+        if mode is not None and mode.ranges is not None and mode.scales != (
+                getattr(router, "digest", "")):
+            mode = replace(mode, ranges=None)
         if mode is not None and mode.ranges is not None:
             buckets = buckets_of(timesteps, mode.model.model_sampling, mode.ranges.num_buckets)
         int8.prepare(module, _layers_of(module), mode, device, buckets)

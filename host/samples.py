@@ -120,7 +120,8 @@ def _update(digest, value) -> None:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             _update(digest, entry)
-    elif isinstance(value, (str, int, float, bool)):
+    else:
+        # Of a ControlNet and the like its place in memory: another one is another key.
         digest.update(repr(value).encode())
 
 

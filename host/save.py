@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import comfy.model_detection
 import torch
 
 from ..quant import (
@@ -19,6 +20,7 @@ from ..quant.int8 import Int8Weight
 from ..quant.safe_file import write_safetensors
 from .build import quantized_model
 from .folders import output_path
+from .routing import OPTION as ROUTER
 
 
 def save_model(patcher, prefix: str) -> tuple[str, str]:
@@ -33,7 +35,7 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
     path = output_path(prefix)
     model.checkpoint.metadata = save_quantized_unet(
         path, checkpoint.layers, checkpoint.floats, checkpoint.metadata, ranges=checkpoint.ranges)
-    return path, _summary(path)
+    return path, "\n".join([_summary(path), *_left_out(patcher)])
 
 
 STOCK_PREFIX = "model.diffusion_model."
@@ -59,7 +61,7 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
     for name, weight in model.checkpoint.layers.items():
         key = f"{STOCK_PREFIX}{name}"
         if len(weight.shape) != 2:
-            tensors[f"{key}.weight"] = weight.dequantize(torch.float16)
+            tensors[f"{key}.weight"] = _half(weight.dequantize())
             counts["float"] += 1
             continue
         exact = weight
@@ -76,11 +78,12 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
             list(json.dumps(STOCK_FORMAT).encode()), dtype=torch.uint8)
         counts["linear"] += 1
     for name, value in model.checkpoint.floats.items():
-        tensors[f"{STOCK_PREFIX}{name}"] = value.to(torch.float16)
+        tensors[f"{STOCK_PREFIX}{name}"] = _half(value)
     if not counts["linear"]:
         raise QuantTuneError(
             "This MODEL has no quantized Linear layer, and ComfyUI runs no other in INT8; quantize "
             "it without keeping those in float.")
+    _mark_prediction(patcher.model, tensors)
     path = output_path(prefix)
     write_safetensors(path, tensors, {"format": "comfyui.int8_tensorwise", "source": model.name})
     lines = [_summary(path), f"{counts['linear']} Linear layers in INT8, {counts['float']} "
@@ -89,7 +92,46 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
         error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
         lines.append(f"{counts['again']} layers were not symmetric 8-bit and were rounded once "
                      f"more (error {100 * error:.2f} %).")
-    return path, "\n".join(lines)
+    return path, "\n".join([*lines, *_left_out(patcher)])
+
+
+def _half(value: torch.Tensor) -> torch.Tensor:
+    """In float16, or in bfloat16 what is too large for that."""
+    half = value.to(torch.float16)
+    return half if bool(half.isfinite().all()) else value.to(torch.bfloat16)
+
+
+def _mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:
+    """Add the empty tensors by which ComfyUI's loader knows what a model predicts.
+
+    Raises QuantTuneError where no mark makes it the same as in ``model``.
+    """
+    # Only weights reach the detector, as in `stock_int8.read_stock`; a configuration is made anew
+    # each time, since it keeps what it is told and cannot be copied.
+    weights = {k: v for k, v in tensors.items() if not k.endswith((".comfy_quant", "_scale"))}
+    if comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX) is None:
+        return  # unknown to that loader: it says so itself
+    wanted, zsnr = model.model_type, bool(model.model_config.sampling_settings.get("zsnr"))
+    marks = [] if wanted.name != "V_PREDICTION" else ["v_pred", *(["ztsnr"] if zsnr else [])]
+
+    def found():
+        own = {k.removeprefix(STOCK_PREFIX): v for k, v in tensors.items()}
+        config = comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX)
+        return config.model_type(own, "")
+
+    if marks and found() != wanted:
+        tensors.update({f"{STOCK_PREFIX}{mark}": torch.zeros(0) for mark in marks})
+    if found() != wanted:
+        raise QuantTuneError(
+            f"ComfyUI's own loader would take this {wanted.name} model for a {found().name} one "
+            "and draw noise; use 'Save Quantized UNet', which keeps what it is.")
+
+
+def _left_out(patcher) -> list[str]:
+    """What is applied to a MODEL and not in its file, in words."""
+    if ROUTER in patcher.model_options["transformer_options"]:
+        return ["The scales that are applied to it are not in the file; 'Save Scales' keeps them."]
+    return []
 
 
 def save_scales(scale_set: ScaleSet, prefix: str) -> tuple[str, str]:
@@ -100,7 +142,7 @@ def save_scales(scale_set: ScaleSet, prefix: str) -> tuple[str, str]:
 
 
 def _refuse_patches(patcher, node: str) -> None:
-    if patcher.patches:
+    if patcher.patches or patcher.injections:
         raise QuantTuneError(
             f"This MODEL has a LoRA or merge on top, which integers cannot hold; connect {node} to "
             "the model from before the LoRA and apply the LoRA again after loading.")

@@ -17,6 +17,7 @@ from ..quant.groups import group_of
 from ..quant.int8 import quantize_tensor
 from .build import quantized_model, resident
 from .calibrate import identity_of
+from .explain import explained
 from .observe import ForwardRecord
 from .quantize import quantizable_layers
 from .replay import Replay
@@ -24,6 +25,8 @@ from .routing import buckets_of
 from .samples import Samples
 
 UNITS = ("layer", "group")
+REPEATED = 1e-3
+"""Relative difference up to which a repeated forward is the recorded one."""
 BROKEN = 1e6
 """Squared error that stands for an output that is NaN or infinite."""
 
@@ -70,7 +73,7 @@ class SensitivitySettings:
 
 
 _DONE: dict[str, dict] = {}
-"""What the last measurement has found, so that a stopped one goes on; one is kept."""
+"""What a measurement that was stopped has found, so that it goes on; one is kept."""
 
 
 def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Sequence,
@@ -117,6 +120,8 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     errors = torch.tensor(rows, dtype=torch.float64).view(len(units), len(how.precisions), -1)
     own_bucket = torch.tensor(buckets)
     forwards = tuple(int((own_bucket == b).sum()) for b in range(how.timestep_buckets))
+    # It is there for a measurement that was stopped; another one may differ in what no key tells.
+    _DONE.clear()
     by_bucket = torch.stack([errors[..., own_bucket == b].mean(-1)
                              for b in range(how.timestep_buckets)], dim=-1)
     return Sensitivity(units, shapes, dict.fromkeys(splits, 2), how.precisions, by_bucket, forwards)
@@ -132,25 +137,55 @@ def _units(shapes: Mapping[str, tuple], unit: str) -> dict[str, tuple[str, ...]]
 
 
 def record_forwards(patcher, samples: Samples, forwards: int) -> ForwardRecord:
-    """So many forwards: prompts in turn, steps at regular distances over the denoising."""
-    steps, count = samples.forwards, len(samples)
+    """So many forwards: prompts in turn, steps at regular distances over the denoising.
+
+    Raises QuantTuneError when there is none, when they are not finite, or when repeating one
+    outside of the sampler gives something else.
+    """
+    count, steps = len(samples), samples.how.steps
+    wanted: dict[int, list[int]] = {}
     if samples.generates:
-        indices = range(count)
-        wanted = {j % count * steps + int((j + 0.5) * steps / forwards) for j in range(forwards)}
+        for j in range(forwards):
+            wanted.setdefault(j % count, []).append(int((j + 0.5) * steps / forwards))
     else:
         # Given latents are noised to timesteps that rise with the index.
-        indices = sorted({int((j + 0.5) * count / forwards) for j in range(forwards)})
-        wanted = None
-    record = ForwardRecord(None if wanted is None else wanted.__contains__)
+        wanted = {int((j + 0.5) * count / forwards): [0] for j in range(forwards)}
+
+    def is_wanted(number):
+        # By the noise level: some samplers run the model several times in a step.
+        step = _step_of(record.options)
+        if step not in wanted[index]:
+            return False
+        wanted[index].remove(step)
+        return True
+
+    record = ForwardRecord(is_wanted)
     with record.recording(patcher.model.diffusion_model):
-        for index in indices:
+        for index in sorted(wanted):
             samples.run(patcher, index)
     if not record.calls:
         raise QuantTuneError("The model was not run once; use more samples or fewer forwards.")
     if not all(bool(output.isfinite().all()) for _, _, output in record.calls):
         raise QuantTuneError("The MODEL computes NaN or infinite values already in float; use a "
                              "precision it can run in, or another file.")
+    comfy.model_management.load_models_gpu([patcher])
+    with explained("The forwards of this MODEL cannot be repeated outside of the sampler "
+                   "({reason}); measure it without its patches."):
+        difference = record.error(patcher, [0, len(record.calls) - 1])
+    if not difference < REPEATED:
+        raise QuantTuneError(
+            f"The forwards of this MODEL come out differently ({difference:.1%}) when they are "
+            "repeated outside of the sampler, perhaps because of a LoRA scheduled by hooks; "
+            "measure it without what changes it while it samples.")
     return record
+
+
+def _step_of(options: dict) -> int:
+    """Which step of its sampler a forward belongs to, by the transformer options it is given."""
+    steps, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if steps is None or sigma is None:
+        return 0
+    return int((steps[:-1].float().cpu() - float(sigma.flatten()[0])).abs().argmin())
 
 
 def _bucket(patcher, record: ForwardRecord, index: int, count: int) -> int:

@@ -15,6 +15,9 @@ from ..quant.safe_file import read_safetensors
 MARK = ".comfy_quant"
 """How ComfyUI names what it says of a quantized layer: JSON as bytes."""
 FORMAT = "int8_tensorwise"
+PREDICTION_MARKS = {"v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max",
+                    "edm_vpred.sigma_min"}
+"""Tensors that say what a model predicts and are no part of it."""
 MIDDLE = 128
 
 
@@ -44,6 +47,8 @@ def read_stock(path: str) -> QuantizedCheckpoint | None:
         raise QuantTuneError(
             f"The file {os.path.basename(path)} holds no model that this ComfyUI knows; choose "
             "another file or update ComfyUI.")
+    for mark in PREDICTION_MARKS & own.keys():
+        del own[mark]  # read by `_metadata` from the file
     for name, value in own.items():
         if not value.is_floating_point() or value.element_size() < 2:
             raise QuantTuneError(
@@ -93,7 +98,8 @@ def _metadata(path: str, config, tensors: dict, prefix: str) -> UNetMetadata:
     return UNetMetadata(
         family=type(config).__name__,
         unet_config=described,
-        model_type=config.model_type(tensors, prefix).name,
+        model_type=config.model_type(
+            {k.removeprefix(prefix): v for k, v in tensors.items()}, "").name,
         latent_format=type(config.latent_format).__name__,
         sampling_settings=copy.deepcopy(config.sampling_settings),
         provenance={"source": os.path.basename(path), "bits": 8, "symmetric": True})

@@ -124,16 +124,20 @@ class HostDenoiser:
                                            transformer_options=options)
             torch.autograd.grad(output.square().sum(), trained, allow_unused=True)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or not any(
-                    word in str(error) for word in ("inplace", "in-place", "autograd")):
-                raise
-            raise self._not_differentiable(error) from error
+            raise not_differentiable(error, self.base) from error
 
-    def _not_differentiable(self, error) -> QuantTuneError:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        return QuantTuneError(
-            f"Models of the family {type(self.base).__name__} cannot be trained in this ComfyUI "
-            f"({reason}); use an SD1.x, SD2.x, SDXL or SD3 model.")
+
+
+def not_differentiable(error: RuntimeError, model) -> Exception:
+    """What to raise for an error of a backward pass: a sentence if the host's ``model`` is at
+    fault, for it writes into activations, else ``error`` itself."""
+    if isinstance(error, torch.OutOfMemoryError) or not any(
+            word in str(error) for word in ("inplace", "in-place", "autograd")):
+        return error
+    reason = str(error).split(". ")[0].splitlines()[0]
+    return QuantTuneError(
+        f"Models of the family {type(model).__name__} cannot be trained in this ComfyUI "
+        f"({reason}); use an SD1.x, SD2.x, SDXL or SD3 model.")
 
 
 def _kind(model_sampling) -> str | None:

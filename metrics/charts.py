@@ -11,6 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 INK, PAPER, FIRST, SECOND = "#22252b", "white", "#b9c7dd", "#2b5fb4"
 
 
+def as_written(text: str) -> str:
+    """A name for a chart, in which dollar signs would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def render_figure(figure) -> Image.Image:
     """A matplotlib figure as an RGB picture."""
     buffer = BytesIO()

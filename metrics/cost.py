@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .charts import INK, SECOND, new_figure, render_figure
+from .charts import INK, SECOND, as_written, new_figure, render_figure
 from .markdown import table
 
 COLUMNS = ("model", "s a step", "spread", "x first", "images an hour", "weights MiB",
@@ -101,7 +101,7 @@ class CostReport:
         quartiles = [_quartiles(c.seconds) for c in self.costs]
         low, high = ([abs(m - q[side]) for m, q in zip(medians, quartiles)] for side in (0, 1))
         left.barh(places, medians, 0.6, xerr=[low, high], color=SECOND, ecolor=INK, capsize=3)
-        left.set_yticks(places, [c.name for c in self.costs])
+        left.set_yticks(places, [as_written(c.name) for c in self.costs])
         left.set_xlabel("seconds a step (bars: middle half of the steps)")
         weights = [c.weight_bytes / 2**20 for c in self.costs]
         right.barh(places, weights, 0.6, color="#7fb069", label="weights")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from .charts import INK, new_figure, render_figure
+from .charts import INK, as_written, new_figure, render_figure
 
 FRONT, OFF = "#b3432f", "#9aa3b5"
 COLUMNS = ("model", "MiB", "bits a weight", "time x float", "output error", "SSIM", "front")
@@ -39,7 +40,8 @@ class Point:
 def front(points: Sequence[Point], cost: str = "size") -> list[Point]:
     """Those that no other point beats in both ``cost`` ("size" or "time") and error, by cost."""
     found: list[Point] = []
-    for point in sorted(points, key=lambda p: (getattr(p, cost), p.error)):
+    usable = [p for p in points if math.isfinite(p.error)]
+    for point in sorted(usable, key=lambda p: (getattr(p, cost), p.error)):
         if not found or point.error < found[-1].error:
             found.append(point)
     return found
@@ -90,8 +92,8 @@ def _panel(axes, points: Sequence[Point], cost: str) -> None:
     for point in points:
         x, y = place(point)
         axes.scatter(x, y, s=36, zorder=2, color=FRONT if point in best else OFF)
-        axes.annotate(point.name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                      color=INK)
+        axes.annotate(as_written(point.name), (x, y), xytext=(6, 4), textcoords="offset points",
+                      fontsize=8, color=INK)
     smallest = min((p.error for p in points if p.error > 0), default=0)
     if smallest:
         # Logarithmic, with a place for the float model's 0.

@@ -203,4 +203,6 @@ def _write_with_folder(path: Path, text: bytes, folder: Path, files: dict[str, b
         if isinstance(error, OSError):
             raise unwritten(folder, error) from error
         raise
+    if aside.is_file():
+        aside.unlink()
     shutil.rmtree(aside, ignore_errors=True)

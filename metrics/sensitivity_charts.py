@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..quant.plan import FLOAT, BitPlan, by_group
-from .charts import INK, new_figure, render_figure
+from .charts import INK, as_written, new_figure, render_figure
 from .sensitivity import INT8, Sensitivity, label_of
 
 COLOURS = {"2": "#b3432f", "3": "#e08a3c", "4": "#e5c453", "8": "#7fb069", INT8: "#2b5fb4",
@@ -27,10 +27,12 @@ def group_chart(found: Sensitivity, title: str = "Layer sensitivity") -> Image.I
         errors = [100 * max(row[index], 0.0) ** 0.5 for row in groups.values()]
         axes.barh(places - (index - (len(found.precisions) - 1) / 2) * height, errors, height,
                   color=COLOURS[precision], label=label_of(precision))
-    axes.set_yticks(places, list(groups))
+    axes.set_yticks(places, list(map(as_written, groups)))
     if max((max(row) for row in groups.values()), default=0) > 0:
         axes.set_xscale("log")
-    axes.set_xlabel("error of the output when only these are quantized, %")
+    alone = len(found.units) == len(found.shapes)
+    axes.set_xlabel("error of the output, %: " + (
+        "the layers', each quantized alone, added up" if alone else "only these are quantized"))
     axes.set_title(title, color=INK)
     axes.legend(loc="lower right", frameon=False)
     axes.grid(True, axis="x", color="#e6e8ee", linewidth=0.6)
@@ -53,7 +55,7 @@ def heat_map(found: Sensitivity, precision: str) -> Image.Image:
     seen = errors[np.isfinite(errors) & (errors > 0)]
     norm = LogNorm(max(seen.min(), seen.max() / 1e4), seen.max()) if seen.size else None
     picture = axes.imshow(errors, aspect="auto", cmap="magma", norm=norm, interpolation="nearest")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), list(map(as_written, names)), fontsize=7)
     buckets = errors.shape[1]
     edges = [f"{i / buckets:.2g}–{(i + 1) / buckets:.2g}" for i in range(buckets)]
     axes.set_xticks(range(buckets), edges)
@@ -83,7 +85,7 @@ def plan_chart(plan: BitPlan, title: str = "") -> Image.Image:
     axes.set_yticks(places, [f"{g} ({sum(row.values())})" for g, row in counts.items()])
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the layers, %")
-    axes.set_title(title or plan.label, color=INK)
+    axes.set_title(as_written(title or plan.label), color=INK)
     figure.legend(loc="outside lower center", ncols=len(widths), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return render_figure(figure)

@@ -47,9 +47,9 @@ class CalibrateInt8(io.ComfyNode):
                              tooltip="Steps of the model to look at: with 20 steps a picture, 100 "
                                      "are five pictures with a prompt each. 100 is usual."),
                 io.Combo.Input("range", options=[e.value for e in RangeEstimator], default="mse",
-                               tooltip="How each range is chosen: 'mse' (least squared error, "
-                                       "best in our measurements), 'minmax' (all values), "
-                                       "'percentile' (99.9 %), 'entropy'."),
+                               tooltip="How each range is chosen: 'mse' (least squared error) "
+                                       "or 'minmax' (all values), the best two in our "
+                                       "measurements; 'percentile' (99.9 %), 'entropy'."),
                 io.Int.Input("timestep_buckets", default=4, min=1, max=100,
                              tooltip="Ranges drift with the noise level: this many equal parts of "
                                      "the timesteps have ranges of their own. It costs no time."),

@@ -82,6 +82,8 @@ def quantize_tensor(x: Tensor, s_in: Tensor | None = None, qparams=None) -> Quan
     scale, zero_point = qparams
     codes = values * (1.0 / scale) + (zero_point + 0.5)
     if clamped:
+        # NaN would become a code like any other: it goes into the scale, which products look at.
+        scale = scale + 0.0 * values.sum()
         codes = codes.clamp(0, 255)
     return QuantizedActivation(codes.to(torch.uint8), scale, zero_point)
 

@@ -23,6 +23,22 @@ class ConvGeometry:
     groups: int = 1
 
 
+MOST_TERMS = 65_000
+"""Products that 32 bits can add: 2**31 over 255 * 128."""
+
+
+def too_many_terms(conv: ConvGeometry | None, channels: tuple[int, int]) -> str | None:
+    """Why a layer of ``channels`` in and out cannot be added up in 32 bits, or None if it can."""
+    terms = channels[0]
+    if conv is not None:
+        terms = terms // conv.groups * conv.kernel[0] * conv.kernel[1]
+    return (
+        f"more than {MOST_TERMS} products may not fit into 32 bits"
+        if (terms > MOST_TERMS)
+        else None
+    )
+
+
 class Prepared(Protocol):
     """A weight in whatever form a backend's product wants it.
 

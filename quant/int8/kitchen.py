@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import activation, triton_backend
 from .activation import Granularity
+from .backend import too_many_terms
 from .reference import ReferenceProduct
 from .triton_backend import TritonProduct
 from .weight import Int8Weight
@@ -70,9 +71,7 @@ class KitchenBackend:
             return "the package comfy-kitchen is not installed"
         if triton_backend.too_old(device):
             return triton_backend.TOO_OLD
-        if channels[0] > triton_backend.MOST_TERMS:
-            return f"more than {triton_backend.MOST_TERMS} products may not fit into 32 bits"
-        return trial(device)
+        return too_many_terms(conv, channels) or trial(device)
 
     def prepare(self, weight, conv):
         """As it is."""

@@ -18,7 +18,7 @@ from .activation import (
     quantize_tensor,
     quantize_tokens,
 )
-from .backend import ConvGeometry, PlainQuantizers
+from .backend import ConvGeometry, PlainQuantizers, too_many_terms
 from .reference import ReferenceProduct
 from .weight import Int8Weight
 
@@ -168,7 +168,7 @@ class OneDNNBackend(PlainQuantizers):
             return "it runs on the processor only"
         if conv is not None and min(channels) < THIN:
             return f"a convolution from or to fewer than {THIN} channels gains nothing"
-        return _trial()
+        return too_many_terms(conv, channels) or _trial()
 
     def prepare(self, weight, conv):
         """Prepacked for AMX or VNNI; the values can be read back with ``unpack``."""

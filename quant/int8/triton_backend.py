@@ -18,15 +18,13 @@ from torch import Tensor
 from .activation import STEPS, TINY, Granularity, QuantizedActivation
 from .activation import quantize_tensor as plain_tensor
 from .activation import quantize_tokens as plain_tokens
-from .backend import ConvGeometry
+from .backend import ConvGeometry, too_many_terms
 from .reference import ReferenceProduct
 from .weight import Int8Weight
 
 THIN = 16
 """Channels a convolution needs on both sides; thinner ones, a UNet's first and last, are sensitive
 and small."""
-MOST_TERMS = 65_000
-"""Products that 32 bits can add: 2**31 over 255 * 128."""
 OLDEST = (7, 5)
 """Compute capability that multiplies 8-bit integers in its matrix units."""
 TILES = (
@@ -231,14 +229,7 @@ class TritonBackend:
             return TOO_OLD
         if conv is not None and min(channels) < THIN:
             return f"a convolution from or to fewer than {THIN} channels gains nothing"
-        terms = (
-            channels[0]
-            if conv is None
-            else (channels[0] // conv.groups * conv.kernel[0] * conv.kernel[1])
-        )
-        if terms > MOST_TERMS:
-            return f"more than {MOST_TERMS} products may not fit into 32 bits"
-        return trial(device)
+        return too_many_terms(conv, channels) or trial(device)
 
     def prepare(self, weight, conv):
         """With its channels last."""

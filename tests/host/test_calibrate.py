@@ -186,6 +186,47 @@ def test_saved_and_loaded_it_multiplies_integers_at_once(tmp_path):
     assert json.dumps(facts)
 
 
+def test_loaded_it_is_what_was_calibrated(tmp_path):
+    import folder_paths
+
+    from quanttune.host.dynamic_int8 import load_ready
+    from quanttune.host.save import save_model
+
+    folder_paths.set_output_directory(str(tmp_path))
+    quantized, _ = quantize(models.small_model(), 8)
+    model, _ = calibrated(quantized, layers="convolutions", precision="float32")
+    arguments = models.inputs(model)
+    expected = models.forward(model, arguments)
+    path, _ = save_model(model, "quanttune/static")
+    loaded = load_ready(path, "static")
+    assert torch.equal(models.forward(loaded, arguments), expected)
+    counts = [sum(m.int8 is not None for m in models_layers(m_).values()) for m_ in (model, loaded)]
+    assert counts[0] == counts[1] > 0
+
+
+def test_scales_that_calibration_did_not_see_take_ranges_of_the_moment():
+    from quanttune.host.dynamic_int8 import dynamic_int8
+    from quanttune.host.routing import apply_scale_set
+
+    quantized, _ = quantize(models.small_model(), 8)
+    scales = models.random_scales(quantized, num_experts=2, amount=0.3)
+    static, _ = calibrated(quantized, dynamic_cross_attention=False)
+    arguments = models.inputs(static)
+
+    def run(model):
+        output = models.forward(model, arguments)
+        return output, any(m.int8 is not None and m.int8.layer.static
+                           for m in models_layers(model).values())
+
+    routed, uses_ranges = run(apply_scale_set(static, scales, 1.0)[0])
+    moment, _ = run(apply_scale_set(dynamic_int8(static, precision="float32",
+                                                 ranges="dynamic")[0], scales, 1.0)[0])
+    assert not uses_ranges and torch.equal(routed, moment)
+    assert run(static)[1], "without them it takes its own again"
+    seen, _ = calibrated(apply_scale_set(quantized, scales, 1.0)[0], dynamic_cross_attention=False)
+    assert run(seen)[1], "scales that were there keep the ranges"
+
+
 def with_precision(model, like):
     from quanttune.host.dynamic_int8 import dynamic_int8
 
@@ -203,9 +244,10 @@ def test_dynamic_int8_after_it_chooses_the_ranges():
     arguments = models.inputs(model)
     assert torch.equal(models.forward(again, arguments), models.forward(model, arguments))
     assert not torch.equal(models.forward(moment, arguments), models.forward(model, arguments))
-    layers = models_layers(model)
-    assert not any(m.int8 is not None and m.int8.layer.static for m in layers.values()) or \
-        torch.equal(models.forward(moment, arguments), models.forward(moment, arguments))
+    models.forward(moment, arguments)
+    layers = models_layers(moment)
+    assert any(m.int8 is not None for m in layers.values())
+    assert not any(m.int8 is not None and m.int8.layer.static for m in layers.values())
 
 
 def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):

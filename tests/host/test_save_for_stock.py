@@ -73,6 +73,38 @@ def test_stock_comfyui_runs_it_without_the_pack(source, host_folders, tmp_path, 
     assert any("in_layers" in n for n in found["float"])
 
 
+def test_what_a_model_predicts_is_marked_or_refused(comfy_inprocess, host_folders, monkeypatch):
+    """The detector knows no SDXL as small as this one: it is given the configuration."""
+    import comfy.model_base
+    import comfy.model_detection
+    import comfy.supported_models
+
+    from quanttune.host.save import STOCK_PREFIX, _mark_prediction
+    from quanttune.quant import QuantTuneError
+
+    model = models.small_model("SDXL").model
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet",
+                        lambda weights, prefix: comfy.supported_models.SDXL(
+                            dict(model.model_config.unet_config)))
+    tensors = {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)}
+    _mark_prediction(model, tensors)
+    assert len(tensors) == 1, "what it takes for granted needs no mark"
+    model.model_type = comfy.model_base.ModelType.V_PREDICTION
+    _mark_prediction(model, tensors)
+    assert set(tensors) == {f"{STOCK_PREFIX}{name}" for name in ("out.2.bias", "v_pred")}
+    model.model_type = comfy.model_base.ModelType.EDM
+    with pytest.raises(QuantTuneError, match="EDM.*use 'Save Quantized UNet'"):
+        _mark_prediction(model, {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)})
+
+
+def test_what_float16_cannot_hold_is_written_in_bfloat16():
+    from quanttune.host.save import _half
+
+    assert _half(torch.tensor([1.0, 2.0])).dtype == torch.float16
+    large = _half(torch.tensor([1e5, 1.0]))
+    assert large.dtype == torch.bfloat16 and bool(large.isfinite().all())
+
+
 def quantize_symmetric(model):
     from quanttune.host.quantize import quantize_model
     from quanttune.quant import QuantSpec

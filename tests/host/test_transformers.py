@@ -105,3 +105,26 @@ def test_training_moves_the_expert_that_will_be_applied(model, tmp_path, checkpo
         for expert, timestep in zip(asked, given):
             for name, row in router.resolve(timestep).items():
                 assert torch.equal(row.r_out[0], scale_set.layers[name].r_out[expert])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_qat_trains_what_can_be_differentiated(model, host_folders, checkpointing):
+    from quanttune.host.calibrate import Calibration, calibrate
+    from quanttune.host.qat import train_qat
+    from quanttune.quant import QuantTuneError
+    from quanttune.training.qat import QatTraining
+
+    generator = torch.Generator().manual_seed(2)
+    positive = [[torch.randn(1, 5, 32, generator=generator),
+                 {"pooled_output": torch.randn(1, 16, generator=generator)}]]
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    how = Calibration(samples=4, steps=2, cfg=1.0, precision="float32")
+    with torch.inference_mode():
+        quantized, _ = calibrate(model, latent, positive, (), how)
+        arguments = (quantized, model, latent, positive, (), how, QatTraining(
+            steps=2, warmup_steps=0, precision="fp32", checkpointing=checkpointing), "family")
+        if "Flux" in type(model.model).__name__:
+            with pytest.raises(QuantTuneError, match="family Flux cannot be trained.*use an SD1"):
+                train_qat(*arguments)
+        else:
+            assert train_qat(*arguments).finished

@@ -13,6 +13,12 @@ def test_fronts():
     assert front(POINTS[:1]) == POINTS[:1]
 
 
+def test_a_broken_one_is_no_front_and_hides_none():
+    broken = Point("2", 1, 2, 0.1, float("nan"))
+    for cost in ("size", "time"):
+        assert front([broken, *POINTS], cost) == front(POINTS, cost)
+
+
 def test_of_equals_one_stays():
     twins = [Point("a", 10, 1, 1, 0.1), Point("b", 10, 1, 1, 0.1)]
     assert len(front(twins)) == 1

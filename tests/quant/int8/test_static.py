@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quanttune.quant import QuantTuneError
+from quanttune.quant import LayerScales, QuantTuneError
 from quanttune.quant.int8 import (
     ActivationRanges,
     Granularity,
@@ -99,6 +99,25 @@ def test_nan_does_not_become_a_code(backend, value):
     x[1, 2, 3] = value
     with pytest.raises(QuantTuneError, match="NaN or infinite"):
         layer(x, bias)
+
+
+@each_backend
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_met_with_experts_of_their_own_and_in_compiled_code(backend, value):
+    packed, x, bias = example(None)
+    layer = Int8Layer(packed, None, backend)
+    layer.static = [tensor_qparams(torch.tensor(-1.0), torch.tensor(1.0))]
+    outputs, inputs = packed.shape[:2]
+    own = LayerScales(torch.ones(x.shape[0], outputs), torch.ones(x.shape[0], inputs))
+    expected = layer(x, bias)
+    assert relative(layer(x, bias, own), expected) < 1e-5
+    compiled = torch.compile(lambda v: layer(v, bias), backend="eager", fullgraph=True)
+    x[1, 2, 3] = value
+    for run in (lambda: layer(x, bias, own), lambda: compiled(x)):
+        try:
+            assert not bool(run().isfinite().all()), "a wrong result that looks right"
+        except QuantTuneError as error:
+            assert "NaN or infinite" in str(error)
 
 
 @each_backend
