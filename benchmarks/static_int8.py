@@ -106,17 +106,13 @@ class Bench:
                          self.calibration(bits=bits, **settings))[0]
 
     def trained(self, bits, **settings):
-        """Calibrated, then trained on twice as many forwards with other prompts.
-
-        Weights of 8 bits are trained a tenth as fast: they are near enough already, and faster
-        ones learn the prompts by heart.
-        """
+        """Calibrated, then trained on twice as many forwards with other prompts."""
         from quanttune.host.qat import train_qat
         from quanttune.training.qat import QatTraining
 
         config = QatTraining(steps=self.options.steps,
-                             weight_learning_rate=1e-3 if bits == 8 else 1e-2,
-                             checkpointing=False, precision="fp32", save_every=0)
+                             weight_learning_rate=1e-3, checkpointing=False,
+                             precision="fp32", save_every=0)
         how = self.calibration(samples=2 * self.options.samples, seed=1000)
         quality = self.quality
         positive, negative = quality.conditioning
