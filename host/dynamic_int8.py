@@ -205,19 +205,24 @@ def fast_float(patcher, precision: str = "auto"):
     Args:
         patcher: float MODEL.
         precision: as in `dynamic_int8`.
-
-    Returns:
-        ``(MODEL, name)``: the name says what differs from ``patcher``, "float" if nothing does.
     """
     device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(precision, device)
     model = float_model(patcher, dtypes=None if dtype is None else (dtype, None))
+    hasten_attention(model.model_options["transformer_options"], device)
+    return model
+
+
+def float_changes(patcher, precision: str = "auto") -> list[str]:
+    """What `fast_float` changes in a float MODEL, in words."""
+    device = comfy.model_management.get_torch_device()
+    dtype = compute_dtype(precision, device)
     changes = []
     if dtype not in (None, _computes_in(patcher)):
         changes.append(str(dtype).removeprefix("torch."))
-    if hasten_attention(model.model_options["transformer_options"], device):
+    if _slow_attention(device, patcher.model_options["transformer_options"]):
         changes.append("fast attention")
-    return model, ", ".join(["float", *changes])
+    return changes
 
 
 def hasten_attention(options: dict, device: torch.device) -> bool:

@@ -75,7 +75,7 @@ def layer_times(patcher, latent: dict, positive: Sequence, negative: Sequence, c
         raise QuantTuneError(f"rounds is {rounds}, but it has to be at least 1.")
     samples = Samples(latent, positive, negative, SensitivitySettings(cfg=cfg))
     device = management.get_torch_device()
-    model, _ = fast_float(patcher, precision)
+    model = fast_float(patcher, precision)
     management.load_models_gpu([model], force_full_load=True)
     layers = scaled_layers(model.model.diffusion_model)
 

@@ -179,8 +179,10 @@ class ForwardRecord:
             casts = value.is_floating_point() and value is not timesteps
             return value.to(device, dtype if casts else value.dtype)
 
-        args, kwargs = (_mapped(v, moved) for v in self.calls[index][:2])
-        told = kwargs.pop("transformer_options", {})
+        args, kwargs = self.calls[index][:2]
+        told = _mapped(kwargs.get("transformer_options", {}), lambda value: value.to(device))
+        args, kwargs = _mapped(args, moved), _mapped(
+            {k: v for k, v in kwargs.items() if k != "transformer_options"}, moved)
         return model.diffusion_model(*args, **kwargs, transformer_options={**options, **told})
 
     def timesteps(self, index: int) -> torch.Tensor | None:

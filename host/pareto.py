@@ -19,7 +19,7 @@ from ..quant import QuantSpec, QuantTuneError
 from ..quant.plan import FLOAT_BYTES
 from .benchmark import one_step, wait_for
 from .build import quantized_model
-from .dynamic_int8 import dynamic_int8, fast_float
+from .dynamic_int8 import dynamic_int8, fast_float, float_changes
 from .plan import SEARCHED, TIME, bit_plan
 from .quantize import quantizable_layers, quantize_model
 from .samples import Samples
@@ -118,12 +118,10 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     points = [Point(FLOAT, numel * FLOAT_BYTES, 8.0 * FLOAT_BYTES, 1.0, 0.0,
                     1.0 if candidates.pictures else None, False)]
     bar.update(1)
-    if candidates.int8 or candidates.time_budgets:
-        made, name = fast_float(patcher)
-        if name != FLOAT:
-            # First, so that integers are not praised for what bfloat16 and attention gain.
-            ways = {name: lambda made=made: made, **ways}
-        del made
+    changes = float_changes(patcher)
+    if changes and (candidates.int8 or candidates.time_budgets):
+        # First, so that integers are not praised for what bfloat16 and attention gain.
+        ways = {", ".join([FLOAT, *changes]): lambda: fast_float(patcher), **ways}
     for name, make in ways.items():
         management.throw_exception_if_processing_interrupted()
         model = make()

@@ -17,7 +17,7 @@ from ..quant.plan import BitPlan
 from .benchmark import benchmark
 from .build import quantized_model
 from .check import check_model
-from .dynamic_int8 import dynamic_int8, fast_float
+from .dynamic_int8 import dynamic_int8, fast_float, float_changes
 from .pareto import Candidates, pareto
 from .pictures import SamplingSettings, empty_latent
 from .plan import SEARCHED, bit_plan
@@ -149,9 +149,8 @@ def report_on(model, clip, vae, name: str, how: ReportSettings, command: str = "
 def _costs(model, latent, positive, negative, how: ReportSettings):
     """Benchmark of the float model, integer products and uniform bits, freed afterwards."""
     models = [("float", model)]
-    fast, fast_name = fast_float(model)
-    if fast_name != "float":
-        models.append((fast_name, fast))
+    if changes := float_changes(model):
+        models.append((", ".join(["float", *changes]), fast_float(model)))
     models.append(("INT8 products", dynamic_int8(model)[0]))
     models += [(f"{bits} bits", quantize_model(model, QuantSpec(bits, range="mse"))[0])
                for bits in how.bits]

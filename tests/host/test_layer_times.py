@@ -78,15 +78,21 @@ def test_every_layer_of_a_family_has_its_times(family, monkeypatch):
 def test_layers_of_one_shape_are_measured_once_and_calls_are_counted(model, monkeypatch):
     from quanttune.host import layer_times
 
+    step = [1000.0]
+
     def one_second_each(ways, rounds, wait, least, before):
         for run in ways.values():
             run()
-        return dict.fromkeys(ways, 1.0)
+        return {**dict.fromkeys(ways, 1.0), layer_times.STEP: step[0]}
 
     monkeypatch.setattr(layer_times, "take_turns", one_second_each)
     modules = models_layers_of(model)
     found = measure(model)
     assert set(found.floats) == set(modules)
+    step[0] = len(modules) / 2
+    scaled = measure(model)
+    assert set(scaled.floats.values()) == {0.5} and scaled.rest == 0.0, "no more than the step"
+    assert "2.00 x the time of the whole step" in scaled.setting
     assert set(found.floats.values()) == {1.0}, "each is called once a step"
     shared = [n for n in modules if n.endswith((".to_q", ".to_out.0")) and "attn1" in n]
     assert len(shared) > 2

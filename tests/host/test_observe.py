@@ -88,8 +88,9 @@ def test_with_a_control_net():
     assert controlled.error(model) == 0.0, "its residuals are there again"
 
 
-def test_patches_that_read_what_the_sampler_tells():
-    model = resident_model()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_patches_that_read_what_the_sampler_tells(dtype):
+    model = resident_model(dtype)
     seen = []
 
     def patch(h, options):
