@@ -110,9 +110,8 @@ class Bench:
         from quanttune.host.qat import train_qat
         from quanttune.training.qat import QatTraining
 
-        config = QatTraining(steps=self.options.steps,
-                             weight_learning_rate=1e-3, checkpointing=False,
-                             precision="fp32", save_every=0)
+        config = QatTraining(steps=self.options.steps, checkpointing=False, precision="fp32",
+                             save_every=0)
         how = self.calibration(samples=2 * self.options.samples, seed=1000)
         quality = self.quality
         positive, negative = quality.conditioning

@@ -54,12 +54,12 @@ class TrainQat(io.ComfyNode):
                 io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5,
                                round=False, tooltip="Of step sizes and activation ranges, "
                                                     "relative to what they are."),
-                io.Float.Input("weight_learning_rate", default=1e-2, min=0.0, max=1.0, step=1e-4,
+                io.Float.Input("weight_learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-4,
                                round=False,
-                               tooltip="Of the weights, in steps of their integers: 0.01 for 4 "
-                                       "bits and fewer, 0.001 for 8. 0 leaves the integers and "
-                                       "trains step sizes and ranges alone, at a small part of "
-                                       "the memory."),
+                               tooltip="Of the weights, in steps of their integers. Much faster "
+                                       "and they learn the prompts by heart. 0 leaves the "
+                                       "integers and trains step sizes and ranges alone, at a "
+                                       "small part of the memory."),
                 *sampler_inputs(),
                 io.Int.Input("seed", default=1000, min=0, max=2**53 - 1,
                              control_after_generate=False,

@@ -40,7 +40,7 @@ class QatTraining:
     steps: int = 200
     batch_size: int = 2
     learning_rate: float = 1e-3
-    weight_learning_rate: float = 1e-2
+    weight_learning_rate: float = 1e-3
     max_grad_norm: float = 1.0
     scheduler: str = "cosine"
     warmup_steps: int = 10
