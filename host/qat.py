@@ -106,7 +106,6 @@ class HostStudent:
             output = self.record.again(call, self.patcher, self.options)
         return output, self.record.calls[call][2].to(self.device)
 
-
     def prove(self) -> None:
         """Raise QuantTuneError for a model whose host code cannot be differentiated.
 
@@ -122,7 +121,9 @@ class HostStudent:
                 answer, _ = self.answer(0, checkpointing=False)
                 torch.autograd.grad(answer.float().square().sum(), learns, allow_unused=True)
         except RuntimeError as error:
-            raise not_differentiable(error, self.patcher.model) from error
+            if (told := not_differentiable(error, self.patcher.model)) is None:
+                raise
+            raise told from error
         finally:
             self.record.calls[call] = args, kwargs, output
 

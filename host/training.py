@@ -124,16 +124,17 @@ class HostDenoiser:
                                            transformer_options=options)
             torch.autograd.grad(output.square().sum(), trained, allow_unused=True)
         except RuntimeError as error:
-            raise not_differentiable(error, self.base) from error
+            if (told := not_differentiable(error, self.base)) is None:
+                raise
+            raise told from error
 
 
-
-def not_differentiable(error: RuntimeError, model) -> Exception:
-    """What to raise for an error of a backward pass: a sentence if the host's ``model`` is at
-    fault, for it writes into activations, else ``error`` itself."""
+def not_differentiable(error: RuntimeError, model) -> QuantTuneError | None:
+    """The sentence for an error of a backward pass if the host's ``model`` is at fault, which
+    writes into activations, else None."""
     if isinstance(error, torch.OutOfMemoryError) or not any(
             word in str(error) for word in ("inplace", "in-place", "autograd")):
-        return error
+        return None
     reason = str(error).split(". ")[0].splitlines()[0]
     return QuantTuneError(
         f"Models of the family {type(model).__name__} cannot be trained in this ComfyUI "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from .charts import INK, as_written, new_figure, render_figure
+from .markdown import table
 
 FRONT, OFF = "#b3432f", "#9aa3b5"
 COLUMNS = ("model", "MiB", "bits a weight", "time x float", "output error", "SSIM", "front")
@@ -54,12 +55,10 @@ def _marks(point: Point, points: Sequence[Point]) -> str:
 
 def markdown(points: Sequence[Point]) -> str:
     """The table, the largest first; "front" says in which cost nothing beats a row."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for p in sorted(points, key=lambda p: -p.size):
-        ssim = "" if p.ssim is None else f"{p.ssim:.3f}"
-        lines.append(f"| {p.name} | {p.size / 2**20:.1f} | {p.bits:.2f} | {p.time:.2f} | "
-                     f"{p.error:.2%} | {ssim} | {_marks(p, points)} |")
-    return "\n".join(lines)
+    return table(COLUMNS, [
+        (p.name, f"{p.size / 2**20:.1f}", f"{p.bits:.2f}", f"{p.time:.2f}", f"{p.error:.2%}",
+         "" if p.ssim is None else f"{p.ssim:.3f}", _marks(p, points))
+        for p in sorted(points, key=lambda p: -p.size)])
 
 
 def csv(points: Sequence[Point]) -> str:

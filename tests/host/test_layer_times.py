@@ -5,27 +5,18 @@ import torch
 
 from quanttune.tests.host import models
 from quanttune.tests.host.models import quantize
-from quanttune.tests.host.test_dynamic_int8 import error, fast, models_layers
+from quanttune.tests.host.test_dynamic_int8 import (  # noqa: F401
+    _inference,
+    error,
+    fast,
+    models_layers,
+    needs_a_backend,
+)
 from quanttune.tests.host.test_lora import lora_file, with_lora
 from quanttune.tests.host.test_sensitivity import conditioning
 from quanttune.tests.host.test_sensitivity import measure as sensitivity_of
 
 THIN = {"input_blocks.0.0", "out.2"}
-
-
-@pytest.fixture(autouse=True)
-def _inference(comfy_inprocess):
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def needs_a_backend(comfy_inprocess):
-    from quanttune.host.int8 import backend_for
-
-    backend, refused = backend_for(torch.nn.Linear(64, 64))
-    if backend is None:
-        pytest.skip(f"this machine has no integer backend: {refused}")
 
 
 @pytest.fixture
