@@ -31,8 +31,8 @@ from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
 from .quantize import originals, quantizable_layers, quantize_model, refuse_bypass_lora
 from .routing import OPTION as ROUTER
+from .run import RUNS
 from .samples import Samples
-from .train import RUNS
 
 NEAREST, GPTQ = "nearest", "gptq"
 ROUNDINGS = (NEAREST, GPTQ)

@@ -85,6 +85,22 @@ def reader_of(patcher, clip) -> str:
 
 
 def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
+    found = {name: value.detach().float().cpu()
+             for name, value in model_arguments(patcher, embedding, extra, latent).items()}
+    if not all(bool(value.isfinite().all()) for value in found.values()):
+        raise QuantTuneError("The conditioning holds NaN or infinite values; check the text "
+                             "encoder and what makes the conditioning.")
+    return found
+
+
+def model_arguments(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
+    """What the host gives the diffusion model for one caption, by argument name.
+
+    Args:
+        patcher: the MODEL.
+        embedding, extra: as a conditioning holds them; differentiable if they are.
+        latent: ``[C, H, W]`` that it is for.
+    """
     device = patcher.load_device
     scale = 8
     arguments = {**extra, "cross_attn": embedding, "device": device, "noise": latent[None],
@@ -94,10 +110,7 @@ def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
     for name, cond in patcher.model.extra_conds(**arguments).items():
         value = getattr(cond, "cond", None)
         if isinstance(value, torch.Tensor):
-            if not bool(torch.isfinite(value).all()):
-                raise QuantTuneError("The conditioning holds NaN or infinite values; check the "
-                                     "text encoder and what makes the conditioning.")
-            found[name] = value[:1].detach().float().cpu()
+            found[name] = value[:1]
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -16,7 +15,6 @@ from ..metrics.charts import loss_chart
 from ..quant import QuantizedCheckpoint, QuantTuneError
 from ..quant.int8 import ActivationRanges
 from ..quant.qat import FakeQuantLayer
-from ..training.loop import Progress
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
 from .calibrate import Calibration, identity_of
@@ -28,9 +26,9 @@ from .ops import scaled_layers
 from .quantize import model_over, originals
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
+from .run import Watcher, replaced, run_folder, stopped
 from .samples import Samples
-from .train import replaced, run_folder, stopped, tell
-from .training import PROBE, checkpointed, not_differentiable, training_copy
+from .training import PROBE, checkpoint_units, checkpointed, not_differentiable, training_copy
 
 HELD_OUT = 8
 """One picture in so many, and at least one, is not trained on, but tells the error afterwards."""
@@ -100,7 +98,7 @@ class HostStudent:
         for layer in self.layers.values():
             layer.buckets = buckets
         if checkpointing:
-            with checkpointed(self.unet):
+            with checkpointed(checkpoint_units(self.unet)):
                 output = self.record.again(call, self.patcher, self.options)
         else:
             output = self.record.again(call, self.patcher, self.options)
@@ -162,7 +160,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         student.prove()
         with replaced(name, anew):
             trainer = QatTrainer(student, config, folder)
-        message = trainer.run(_Watcher(config.steps, node_id))
+        message = trainer.run(Watcher(config.steps, node_id))
         learnt = {n: layer.export() for n, layer in student.layers.items()}
     result = _exported(patcher, learnt)
     after = _error_of(record, result, held_out)
@@ -273,23 +271,3 @@ def _exported(patcher, learnt: dict):
     options = result.model_options["transformer_options"]
     options[OPTION] = replace(mode, ranges=trained.ranges, model=result.model)
     return result
-
-
-class _Watcher:
-    """The trainer's callback: bar, text, and the host's Stop."""
-
-    def __init__(self, steps: int, node_id: str | None):
-        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self.node_id, self.told = node_id, 0.0
-
-    def __call__(self, progress: Progress) -> bool:
-        now = time.monotonic()
-        if now - self.told > 0.5 or progress.record.step == progress.steps:
-            self.told = now
-            tell(progress, self.node_id)
-        try:
-            self.bar.update_absolute(progress.record.step, progress.steps)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-        except comfy.model_management.InterruptProcessingException:
-            return True
-        return False

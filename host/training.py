@@ -1,8 +1,8 @@
-"""A ComfyUI model as the trainer sees it: frozen, differentiable in its scales, and small."""
+"""A ComfyUI model as a trainer sees it: frozen, differentiable, and small."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ..quant import LayerScales, QuantTuneError
 from .build import adopt, quantized_model
 from .explain import explained
+from .int8 import OPTION as INT8
 from .layout import is_uniform
 from .ops import scaled_layers
+from .quantize import float_model
 from .routing import OPTION, layer_shapes, timestep_units
 
 KINDS = {"EPS": "eps", "V_PREDICTION": "v", "EDM": "edm", "CONST": "flow", "X0": "x0",
@@ -40,15 +42,21 @@ class _Fixed:
 
 
 class HostDenoiser:
-    """`training.trainer.Denoiser` over a quantized MODEL. Made by `training_copy`."""
+    """`training.denoising.Denoiser` over a MODEL with layers of ours. Made by `training_copy`.
 
-    def __init__(self, patcher):
-        """Raises QuantTuneError when the MODEL has no quantized layer or an unknown prediction."""
-        quantized = quantized_model(patcher)
-        if quantized is None:
-            raise QuantTuneError("Scales can only be trained on a quantized MODEL; put 'Quantize "
-                                 "UNet' or 'Load Quantized UNet' before the training.")
-        self.patcher, self.base = patcher, patcher.model
+    Attributes:
+        learns: what learns beside scales, if anything.
+        random: whether the model draws random numbers (dropout of adapters).
+    """
+
+    def __init__(self, patcher, fingerprint: str):
+        """Raises QuantTuneError for an unknown prediction, or scales that are applied already.
+
+        ``fingerprint`` is that of the frozen weights.
+        """
+        self.patcher, self.base, self.fingerprint = patcher, patcher.model, fingerprint
+        self.learns: Sequence[Tensor] = ()
+        self.random = False
         self.kind = _kind(self.base.model_sampling)
         if self.kind is None:
             raise QuantTuneError(
@@ -57,13 +65,14 @@ class HostDenoiser:
         self._proven = isinstance(self.base.diffusion_model, UNetModel)
         self.sigma_data = float(getattr(self.base.model_sampling, "sigma_data", 1.0))
         self.shapes = layer_shapes(self.base.diffusion_model)
-        self.fingerprint = quantized.fingerprint
+        self._units = checkpoint_units(self.base.diffusion_model)
         self._convert, self.num_timesteps = timestep_units(self.base.model_sampling)
         options = patcher.model_options["transformer_options"]
         if OPTION in options:
             raise QuantTuneError("This MODEL has scales applied already; train on the model from "
                                  "before 'Apply TuneQDM Scales'.")
-        self._options = options
+        # Integer products have no gradient.
+        self._options = {k: v for k, v in options.items() if k != INT8}
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +116,7 @@ class HostDenoiser:
             if not self._proven:
                 self._prove(noised[..., :PROBE, :PROBE], sigma, conditions, scales, options)
                 self._proven = True
-            with checkpointed(self.base.diffusion_model) if checkpointing else _nothing():
+            with checkpointed(self._units, self.random) if checkpointing else _nothing():
                 return self.base.apply_model(noised, sigma, **conditions,
                                              transformer_options=options)
 
@@ -117,8 +126,8 @@ class HostDenoiser:
         Some change activations in place. Autograd says so, but not where they are recomputed:
         there gradients would be silently wrong.
         """
-        trained = [t for s in scales.values() for t in (s.r_out, s.s_in)
-                   if t is not None and t.requires_grad]
+        trained = [*self.learns, *(t for s in scales.values() for t in (s.r_out, s.s_in)
+                                   if t is not None and t.requires_grad)]
         try:
             output = self.base.apply_model(noised, sigma, **conditions,
                                            transformer_options=options)
@@ -172,22 +181,23 @@ def checkpoint_units(diffusion_model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def checkpointed(diffusion_model: torch.nn.Module) -> Iterator[None]:
-    """Keep only the inputs of each block for the backward pass, and compute the rest again."""
-    units = checkpoint_units(diffusion_model)
+def checkpointed(units: Sequence[torch.nn.Module], random: bool = False) -> Iterator[None]:
+    """Keep only the inputs of each of ``units`` for the backward pass, and compute the rest again.
+
+    ``random``: whether they draw random numbers, which have to be the same again.
+    """
     try:
         for unit in units:
-            unit.forward = _recomputing(unit.forward)
+            unit.forward = _recomputing(unit.forward, random)
         yield
     finally:
         for unit in units:
             unit.__dict__.pop("forward", None)
 
 
-def _recomputing(forward):
+def _recomputing(forward, random: bool):
     def run(*args, **kwargs):
-        # Nothing in these models draws random numbers.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
     return run
 
 
@@ -201,9 +211,37 @@ def training_copy(patcher, precision: str = "auto") -> Iterator[HostDenoiser]:
 
     precision: "fp32", "bf16", or "auto" for bfloat16 where the device has it and float32 on a CPU.
     Half precision of the fp16 kind would underflow in the backward pass.
+
+    Raises QuantTuneError for a MODEL that is not quantized, or cannot be trained.
     """
+    quantized = quantized_model(patcher)
+    if quantized is None:
+        raise QuantTuneError("Scales can only be trained on a quantized MODEL; put 'Quantize "
+                             "UNet' or 'Load Quantized UNet' before the training.")
+    with _loaded_copy(patcher, quantized.fingerprint, precision) as denoiser:
+        yield denoiser
+
+
+@contextmanager
+def float_training_copy(patcher, fingerprint: str, precision: str = "auto"
+                        ) -> Iterator[HostDenoiser]:
+    """`training_copy` of a float MODEL, over layers of ours that hold its floats.
+
+    They are kept in the MODEL's own dtype, or in bfloat16 where that is computed in.
+    ``fingerprint`` is what runs know the MODEL by.
+    """
+    device = comfy.model_management.get_torch_device()
+    compute = _compute_dtype(precision, device)
+    kept = patcher.model.get_dtype() if compute == torch.float32 else compute
+    dtypes = (kept, None if kept == compute else compute)
+    with _loaded_copy(float_model(patcher, dtypes=dtypes), fingerprint, precision) as denoiser:
+        yield denoiser
+
+
+@contextmanager
+def _loaded_copy(patcher, fingerprint: str, precision: str) -> Iterator[HostDenoiser]:
     with torch.inference_mode(False), torch.enable_grad():
-        HostDenoiser(patcher)  # says what is wrong before anything is built
+        HostDenoiser(patcher, fingerprint)  # says what is wrong before anything is built
         factory, arguments = patcher.cached_patcher_init
         copy = adopt(patcher, factory(*arguments, disable_dynamic=True), disable_dynamic=True)
         copy.set_model_compute_dtype(_compute_dtype(precision, copy.load_device))
@@ -211,7 +249,7 @@ def training_copy(patcher, precision: str = "auto") -> Iterator[HostDenoiser]:
             comfy.model_management.load_models_gpu([copy], force_full_load=True)
             # The host takes kernels without a gradient otherwise.
             comfy.model_management.in_training = True
-            yield HostDenoiser(copy)
+            yield HostDenoiser(copy, fingerprint)
         finally:
             comfy.model_management.in_training = False
             copy.detach()

@@ -5,8 +5,8 @@ from comfy_api.latest import io, ui
 from ..host.calibrate import Calibration
 from ..host.images import as_image
 from ..host.qat import train_qat
+from ..host.run import run_state
 from ..host.samples import conditioning_of
-from ..host.train import run_state
 from ..training.qat import QatTraining
 from .sampler_inputs import prompt_inputs, sampler_inputs
 from .train_scales import ANEW, CONTINUE

@@ -5,9 +5,11 @@ from comfy_api.latest import io, ui
 from ..host.encode import encode, encode_empty, from_latents
 from ..host.images import as_image
 from ..host.pictures import SamplingSettings
-from ..host.train import Validation, run_folder, run_state, train
+from ..host.run import Validation, run_folder, run_state
+from ..host.train import train
 from ..quant import QuantTuneError
-from ..training.config import OPTIMIZERS, PRESETS, SCHEDULERS
+from ..training.config import PRESETS
+from ..training.settings import OPTIMIZERS, SCHEDULERS
 from .scales import Scales
 from .training_images import Images
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,18 +70,23 @@ class TrainingSet:
         return list(found.values())
 
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents ``[B, ...]`` and conditions ``[B, ...]`` of examples of one shape.
-
-        Token sequences of different lengths are repeated to their least common multiple, which
-        leaves attention as it is; the host does the same.
-        """
+        """Latents ``[B, ...]`` and conditions (`joined_conditions`) of examples of one shape."""
         indices = list(indices)
         latents = torch.stack([self.latents[i] for i in indices])
-        conditions = {}
-        for name in self.conditions[indices[0]]:
-            rows = [self.conditions[i][name] for i in indices]
-            if rows[0].dim() == 3:
-                length = math.lcm(*(r.shape[1] for r in rows))
-                rows = [r.repeat(1, length // r.shape[1], 1) for r in rows]
-            conditions[name] = torch.cat(rows)
-        return latents, conditions
+        return latents, joined_conditions([self.conditions[i] for i in indices])
+
+
+def joined_conditions(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions of a batch ``[B, ...]`` from those of its examples, each ``[1, ...]``.
+
+    Token sequences of different lengths are repeated to their least common multiple, which leaves
+    attention as it is; the host does the same.
+    """
+    joined = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if values[0].dim() == 3:
+            length = math.lcm(*(v.shape[1] for v in values))
+            values = [v.repeat(1, length // v.shape[1], 1) for v in values]
+        joined[name] = torch.cat(values)
+    return joined

@@ -8,25 +8,22 @@ import torch
 from torch import nn
 
 from ..quant import QuantTuneError
-from .config import ScaleTraining
+from .settings import DenoisingTraining
 
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "lion": "Lion32bit", "lion8bit": "Lion8bit"}
 
 
-def build_optimizer(config: ScaleTraining, r_out: Sequence[nn.Parameter],
-                    s_in: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The configured optimizer over output and input scales, each with its own learning rate.
+def build_optimizer(config: DenoisingTraining,
+                    groups: Sequence[tuple[Sequence[nn.Parameter], float]]
+                    ) -> torch.optim.Optimizer:
+    """The configured optimizer over groups of parameters, each with its own learning rate.
 
     Each group keeps its undisturbed rate as ``base_lr``; see `set_learning_rate`.
     """
-    rate = config.learning_rate
-    groups = [{"params": list(r_out), "lr": rate, "base_lr": rate}]
-    if s_in:
-        rate = config.s_in_learning_rate or rate
-        groups.append({"params": list(s_in), "lr": rate, "base_lr": rate})
+    found = [{"params": list(p), "lr": rate, "base_lr": rate} for p, rate in groups]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    return _bitsandbytes(config.optimizer)(groups, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(found, weight_decay=config.weight_decay)
+    return _bitsandbytes(config.optimizer)(found, weight_decay=config.weight_decay)
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -39,7 +36,7 @@ def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
     return getattr(library, BITSANDBYTES[name])
 
 
-def rate_factor(config: ScaleTraining) -> Callable[[int], float]:
+def rate_factor(config: DenoisingTraining) -> Callable[[int], float]:
     """Factor of the learning rate by step, from diffusers' schedules."""
     from diffusers.optimization import get_scheduler
 

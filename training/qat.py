@@ -29,7 +29,7 @@ class QatTraining:
         learning_rate: of step sizes and activation ranges, relative to what they were.
         weight_learning_rate: of the weights, in quantization steps; 0 leaves the integers alone.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
-        scheduler: one of `config.SCHEDULERS`.
+        scheduler: one of `settings.SCHEDULERS`.
         warmup_steps: of the scheduler.
         checkpointing: recompute activations in the backward pass.
         precision: "auto", "fp32" or "bf16".

@@ -122,12 +122,12 @@ def test_stopped_and_resumed_it_is_the_same(monkeypatch, output_folder):
     with monkeypatch.context() as patch:
         patch.setattr(qat.comfy.model_management, "throw_exception_if_processing_interrupted",
                       lambda: None)
-        update = qat._Watcher.__call__
+        update = qat.Watcher.__call__
 
         def stopping(self, progress):
             return update(self, progress) or progress.record.step == 3
 
-        patch.setattr(qat._Watcher, "__call__", stopping)
+        patch.setattr(qat.Watcher, "__call__", stopping)
         stopped = train(model, source, "cut")
     assert not stopped.finished and "queue again" in stopped.report
     assert models.quantized_model(stopped.model).checkpoint.ranges is not None

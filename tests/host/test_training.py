@@ -186,7 +186,7 @@ def test_a_perfect_model_has_no_loss(kind):
     model.model.model_sampling = comfy.model_base.model_sampling(model.model.model_config,
                                                                  model_type)
     quantized, _ = quantize(model)
-    denoiser = HostDenoiser(quantized)
+    denoiser = HostDenoiser(quantized, "")
     assert denoiser.kind == {"EPS": "eps", "V_PREDICTION": "v"}[kind]
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     sigma = denoiser.sigma(torch.tensor([0.0, 500.0, 999.9]))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from quanttune.training.config import OPTIMIZERS, SCHEDULERS, ScaleTraining
+from quanttune.training.config import ScaleTraining
 from quanttune.training.optimizers import build_optimizer, rate_factor, set_learning_rate
+from quanttune.training.settings import OPTIMIZERS, SCHEDULERS
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -12,7 +13,7 @@ def test_every_optimizer_minimises(name):
     target = torch.linspace(0.9, 1.1, 5000)
     r, s = (torch.nn.Parameter(torch.ones(5000)) for _ in range(2))
     config = ScaleTraining(optimizer=name, learning_rate=2e-3)
-    optimizer = build_optimizer(config, [r], [s])
+    optimizer = build_optimizer(config, [([r], 2e-3), ([s], 2e-3)])
     for _ in range(150):
         optimizer.zero_grad()
         ((r - target).square().mean() + (s - target).square().mean()).backward()
@@ -21,10 +22,9 @@ def test_every_optimizer_minimises(name):
         assert float((values.detach() - target).abs().mean()) < 0.02
 
 
-def test_input_scales_have_a_rate_of_their_own():
+def test_groups_have_rates_of_their_own():
     r, s = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    config = ScaleTraining(learning_rate=1e-3, s_in_learning_rate=1e-2)
-    optimizer = build_optimizer(config, [r], [s])
+    optimizer = build_optimizer(ScaleTraining(), [([r], 1e-3), ([s], 1e-2)])
     set_learning_rate(optimizer, 0.5)
     assert [g["lr"] for g in optimizer.param_groups] == [5e-4, 5e-3]
     (r.sum() + s.sum()).backward()
