@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m quanttune", description=__doc__.split(":")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train-scales", help="train TuneQDM scales as CONFIG.toml says")
-    train.add_argument("config", help="see docs/training.md")
+    for name, what in (("train-scales", "TuneQDM scales"), ("train-lora", "a LoRA")):
+        train = commands.add_parser(name, help=f"train {what} as CONFIG.toml says")
+        train.add_argument("config", help="see docs/training.md")
     _add_report(commands)
     options = parser.parse_args(argv)
     from .quant import QuantTuneError
@@ -58,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
             words = sys.argv[1:] if argv is None else argv
             return report(options, f"python -m quanttune {shlex.join(words)}")
+        if options.command == "train-lora":
+            from .host.lora_command import train_lora
+
+            return train_lora(options.config)
         from .host.command import train_scales
 
         return train_scales(options.config)

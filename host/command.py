@@ -21,13 +21,14 @@ except ImportError:  # Python 3.10
 _IMAGES = {"folder": str, "captions": str, "phrase": str, "resolution": int, "fit": str}
 SECTIONS: dict[str, dict[str, type] | None] = {
     "base": {"starter": bool, "checkpoint": str, "quantized_unet": str, "bits": int,
-             "keep_float": str, "device": str},
+             "keep_float": str, "device": str, "nf4": bool, "lora": str},
     "images": _IMAGES,
     "class_images": _IMAGES,
-    "output": {"folder": str, "scales": str, "trackers": list},
+    "output": {"folder": str, "scales": str, "lora": str, "trackers": list},
     "training": None,
 }
-"""The words of each section and what they are; those of [training] are `ScaleTraining`'s."""
+"""The words of each section and what they are; those of [training] are those of
+`ScaleTraining` or `LoraTraining`."""
 TYPE_NAMES = {str: "a text in quotes", int: "a whole number", bool: "true or false",
               list: "a list"}
 
@@ -104,8 +105,8 @@ def train_scales(path: str | Path) -> int:
     for place in (folder, target.parent):
         make_folder(place, f"of [output] in {path}")
     with torch.inference_mode():
-        model, clip, vae, name = _quantized(config["base"])
-        images = _images(config)
+        model, clip, vae, name = load_quantized(config["base"])
+        images = images_of(config)
         data = encode(images, model, clip, vae, folder / ".cache")
         empty = encode_empty(model, clip) if training.caption_dropout else None
     with training_copy(model, training.precision) as denoiser:
@@ -114,7 +115,7 @@ def train_scales(path: str | Path) -> int:
         metadata = _metadata(denoiser, model, name, images.subject, training)
         trainer = ScaleTrainer(denoiser, data, training, folder, metadata, empty, trackers,
                                accelerator)
-        result = trainer.run(_Console(accelerator.is_main_process))
+        result = trainer.run(Console(accelerator.is_main_process))
     if accelerator.is_main_process:
         save_scale_set(target, result.scale_set)
         done = len(result.history)
@@ -184,7 +185,7 @@ def load_float(base: Mapping[str, Any]):
     return model, clip, vae, Path(name).name
 
 
-def _quantized(base: Mapping[str, Any]):
+def load_quantized(base: Mapping[str, Any]):
     """``(quantized MODEL, CLIP, VAE, name)``."""
     from .build import load_model
     from .quantize import quantize_model
@@ -198,7 +199,7 @@ def _quantized(base: Mapping[str, Any]):
     return model, clip, vae, name
 
 
-def _images(config):
+def images_of(config):
     """All subjects' pictures, and class images."""
     from .images import read_folder
 
@@ -227,7 +228,7 @@ def _metadata(denoiser, model, name, subject, training):
                          extra={"mode": training.mode, "settings": training.asdict()})
 
 
-class _Console:
+class Console:
     """The trainer's callback: a line now and then, and Ctrl-C."""
 
     def __init__(self, speaks: bool):
@@ -238,6 +239,7 @@ class _Console:
         self.stopped = True
 
     def __call__(self, progress) -> bool:
+        """Told after each step; True asks the trainer to stop."""
         record = progress.record
         if self.speaks and (record.step % 10 == 0 or record.step in (1, progress.steps)):
             recent = [r.loss for r in progress.trainer.history[-25:]]

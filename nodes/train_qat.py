@@ -9,7 +9,7 @@ from ..host.run import run_state
 from ..host.samples import conditioning_of
 from ..training.qat import QatTraining
 from .sampler_inputs import prompt_inputs, sampler_inputs
-from .train_scales import ANEW, CONTINUE
+from .training_inputs import ANEW, CONTINUE
 
 
 class TrainQat(io.ComfyNode):

@@ -8,3 +8,5 @@ SENSITIVITY = io.Custom("QUANTTUNE_SENSITIVITY")
 """A ``metrics.sensitivity.Sensitivity``."""
 LAYER_TIMES = io.Custom("QUANTTUNE_LAYER_TIMES")
 """A ``metrics.layer_times.LayerTimes``."""
+LORA_MODEL = io.Custom("LORA_MODEL")
+"""The host's own kind of LoRA between nodes: tensors by the names of stock files."""

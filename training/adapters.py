@@ -98,7 +98,8 @@ class Adapters:
                 own[0].copy_(given.down)
                 own[1].copy_(given.up * (given.alpha / given.rank / layer.scaling[NAME]))
                 if given.dora_scale is not None:
-                    magnitude[NAME].weight.copy_(given.dora_scale.reshape(-1))
+                    own_scale = magnitude[NAME].weight
+                    own_scale.copy_(given.dora_scale.reshape(own_scale.shape))
 
 
 def _kept(value: Tensor) -> Tensor:

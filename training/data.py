@@ -69,6 +69,14 @@ class TrainingSet:
             found.setdefault(tuple(latent.shape), []).append(index)
         return list(found.values())
 
+    def steps(self, epochs: int, batch_size: int) -> int:
+        """Steps of ``batch_size`` examples each in which all are seen ``epochs`` times.
+
+        Class images do not count; an epoch has a step for each begun batch of each shape.
+        """
+        own = [sum(not self.prior[i] for i in bucket) for bucket in self.buckets()]
+        return epochs * sum(math.ceil(count / batch_size) for count in own)
+
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents ``[B, ...]`` and conditions (`joined_conditions`) of examples of one shape."""
         indices = list(indices)

@@ -1,0 +1,76 @@
+"""The command line's LoRA training: the node's own code, told by a TOML file instead of a graph."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..quant import QuantTuneError
+from ..training.lora_config import LoraTraining
+from .command import (
+    Console,
+    images_of,
+    load_float,
+    load_quantized,
+    make_folder,
+    read_config,
+    start_host,
+)
+
+
+def train_lora(path: str | Path) -> int:
+    """Train as a configuration file says; Ctrl-C stops after the step and keeps everything.
+
+    Under ``accelerate launch`` each process trains on its share of the batch. Returns the exit
+    status.
+    """
+    config = read_config(path)
+    words = dict(config.get("training", {}))
+    epochs = words.pop("epochs", 0)
+    if type(epochs) is not int or epochs < 0:
+        raise QuantTuneError(f"The configuration {path} has epochs = {epochs!r} in [training]; it "
+                             "has to be a whole number of at least 0.")
+    training, base, output = LoraTraining.from_dict(words), config["base"], config["output"]
+    start_host(base.get("device", "auto"))
+    import torch
+    from accelerate import Accelerator
+
+    from ..training.history import usable_trackers
+    from ..training.lora_trainer import LoraTrainer
+    from .encode import encode, encode_empty
+    from .lora_file import read_lora, save_lora
+    from .lora_train import AS_IT_IS, NF4, exported_lora, key_of, pupil
+
+    folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
+    target = Path(output.get("lora", folder / "lora.safetensors"))
+    for place in (folder, target.parent):
+        make_folder(place, f"of [output] in {path}")
+    start = read_lora(base["lora"]) if base.get("lora") else None
+    with torch.inference_mode():
+        load = load_quantized if base.get("quantized_unet") or base.get("bits") else load_float
+        model, clip, vae, _ = load(base)
+        images = images_of(config)
+        data = encode(images, model, clip, vae, folder / ".cache")
+        empty = encode_empty(model, clip) if training.caption_dropout else None
+    if epochs:
+        training = training.replace(steps=data.steps(
+            epochs, training.batch_size * training.gradient_accumulation))
+    with pupil(model, training, NF4 if base.get("nf4") else AS_IT_IS, clip, start) as learner:
+        device = learner.denoiser.device
+        accelerator = Accelerator(cpu=device.type == "cpu", project_dir=str(folder),
+                                  log_with=usable_trackers(trackers) or None)
+
+        def keep(place, layers):
+            return save_lora(place, exported_lora(layers, learner, model, clip, training,
+                                                  target.stem, images.subject, trainer.step))
+
+        trainer = LoraTrainer(learner.denoiser, learner.learns, data, training, folder, empty,
+                              learner.reader, key_of(start), keep, trackers, accelerator)
+        result = trainer.run(Console(accelerator.is_main_process))
+        if accelerator.is_main_process:
+            keep(target, result.layers)
+            print(f"{training.mode} on {learner.bits}: {len(result.history)} of {training.steps} "
+                  f"steps, {result.num_parameters:,} parameters in {target}")
+            if result.message:
+                print(result.message, file=sys.stderr)
+    return 0 if result.finished else 130

@@ -1,0 +1,120 @@
+"""The LoRA training loop: it learns, and it goes on where it was stopped, to the last bit."""
+
+import csv
+
+import pytest
+import torch
+
+from quanttune.quant import QuantTuneError
+from quanttune.tests.training.lora_toy import LoraToyDenoiser, trainer
+from quanttune.tests.training.toy import toy_set
+
+
+def losses(folder):
+    with open(folder / "loss.csv") as file:
+        return [float(r["loss"]) for r in csv.DictReader(file)]
+
+
+def fixed_loss(denoiser):
+    """Of the model as it is, over fixed draws."""
+    generator, total = torch.Generator().manual_seed(5), 0.0
+    clean, conditions = toy_set().batch(range(5))
+    with torch.no_grad():
+        for t in torch.linspace(5, 995, 20):
+            noise = torch.randn(clean.shape, generator=generator)
+            sigma = denoiser.sigma(t.expand(5))
+            out = denoiser.denoise(denoiser.noised(clean, noise, sigma), sigma, conditions, {})
+            total += float((out - clean).square().mean() / sigma[0] ** 2)
+    return total
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_it_learns(dora, tmp_path):
+    denoiser = LoraToyDenoiser()
+    with trainer(tmp_path, denoiser=denoiser, steps=120, dora=dora, save_every=0) as run:
+        before = fixed_loss(denoiser)
+        result = run.run()
+        after = fixed_loss(denoiser)
+    assert result.finished and after < 0.9 * before
+    assert result.num_parameters == sum(p.numel() for p in run.parameters)
+
+
+VARIANTS = {"plain": {}, "dropout": {"dropout": 0.3}, "8-bit": {"optimizer": "adamw8bit"},
+            "lion": {"optimizer": "lion8bit"}, "DoRA": {"dora": True},
+            "accumulated": {"gradient_accumulation": 2, "caption_dropout": 0.5},
+            "prior": {"prior_weight": 0.5}}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("stop", [3, 7])
+def test_stopping_and_resuming_changes_no_bit(variant, stop, tmp_path):
+    options = {**VARIANTS[variant], "data": toy_set(5, prior=3 if variant == "prior" else 0)}
+    with trainer(tmp_path / "whole", **options) as run:
+        whole = run.run()
+    with trainer(tmp_path / "cut", **options) as run:
+        stopped = run.run(lambda p: p.record.step == stop)
+        assert not stopped.finished and len(stopped.history) == stop
+    torch.rand(3)
+    with trainer(tmp_path / "cut", **options) as run:
+        assert run.step == stop
+        resumed = run.run()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    for name, layer in whole.layers["diffusion_model"].items():
+        other = resumed.layers["diffusion_model"][name]
+        assert torch.equal(layer.down, other.down) and torch.equal(layer.up, other.up)
+
+
+def test_dropout_leaves_the_generator_alone(tmp_path):
+    with trainer(tmp_path, dropout=0.5) as run:
+        torch.manual_seed(1)
+        expected = torch.rand(2)
+        torch.manual_seed(1)
+        run.one_step()
+        assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("change,match", [
+    ({"rank": 2}, "rank = 4"), ({"data": toy_set(4)}, "another set of images"),
+    ({"targets": "attention"}, "targets = 'all layers'"), ({"start": "x"}, "LoRA to begin with"),
+    ({"learning_rate": 1e-3}, "learning_rate = 0.03"),
+])
+def test_a_run_goes_on_with_its_own_settings_only(change, match, tmp_path):
+    with trainer(tmp_path) as run:
+        run.run(lambda p: p.record.step == 3)
+    with pytest.raises(QuantTuneError, match=match):
+        with trainer(tmp_path, **change):
+            pass
+
+
+def test_a_damaged_state_says_so(tmp_path):
+    with trainer(tmp_path) as run:
+        run.run(lambda p: p.record.step == 3)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(QuantTuneError, match="damaged"):
+        with trainer(tmp_path):
+            pass
+
+
+def test_what_was_learnt_before_nan_is_kept(tmp_path):
+    kept = []
+
+    class Poisoned(LoraToyDenoiser):
+        def denoise(self, *args, **kwargs):
+            out = super().denoise(*args, **kwargs)
+            return out * float("nan") if len(self.seen) >= 3 else (self.seen.append(1), out)[1]
+
+    with trainer(tmp_path, denoiser=Poisoned(), batch_size=1) as run:
+        run.keep = lambda path, layers: kept.append((path, layers))
+        with pytest.raises(QuantTuneError, match="loss of step 4 is nan; what was learnt in 3"):
+            run.run()
+    (path, layers), = kept
+    assert path.name == "lora-before-the-error.safetensors"
+    assert all(v.up.isfinite().all() and v.up.any()
+               for v in layers["diffusion_model"].values())
+
+
+def test_epochs_count_the_subject_alone():
+    assert toy_set(5).steps(3, 2) == 9
+    assert toy_set(5, prior=4).steps(3, 2) == 9
+    assert toy_set(5, sizes=((8, 8), (8, 16))).steps(2, 2) == 6
