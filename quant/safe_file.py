@@ -60,6 +60,7 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
     overwrite: bool = True,
+    strings: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors and our metadata to ``path``, completely or not at all.
 
@@ -70,6 +71,7 @@ def write_safetensors(
         tensors: name to tensor on any device.
         metadata: JSON-able object stored under `METADATA_KEY`.
         overwrite: False refuses to replace an existing file.
+        strings: metadata for other programs, beside ours.
 
     Raises:
         QuantTuneError: the file exists already, or cannot be written; nothing is left behind.
@@ -79,10 +81,10 @@ def write_safetensors(
         raise QuantTuneError(
             f"The file {path} exists already; choose another name or allow overwriting."
         )
-    # Wide types first keeps every tensor aligned in the map; names make the order reproducible.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = stored_order(tensors)
     try:
-        header = _header(names, tensors, json.dumps(metadata, allow_nan=False))
+        texts = {**(strings or {}), METADATA_KEY: json.dumps(metadata, allow_nan=False)}
+        header = _header(names, tensors, texts)
     except (TypeError, ValueError) as error:
         if isinstance(error, QuantTuneError):
             raise
@@ -94,6 +96,14 @@ def write_safetensors(
         file.write(header)
         for name in names:
             _write_tensor(file, tensors[name])
+
+
+def stored_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors in the order in which a file holds them.
+
+    Wide types first keeps every tensor aligned in the map; names make the order reproducible.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 @contextmanager
@@ -131,10 +141,10 @@ def unwritten(path: str | os.PathLike[str], error: OSError) -> QuantTuneError:
     return QuantTuneError(f"The file {os.fspath(path)} could not be written because {cure}.")
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: str) -> bytes:
+def _header(names: list[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
     """The length-prefixed JSON header, padded so that the data starts at a multiple of 8."""
     # "format" is what other readers of safetensors files look at.
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA_KEY: metadata}}
+    entries: dict[str, Any] = {"__metadata__": {**texts, "format": "pt"}}
     offset = 0
     for name in names:
         tensor = tensors[name]
@@ -181,15 +191,8 @@ def read_safetensors(
         QuantTuneError: missing, empty, truncated, damaged or pickled files, and any other kind.
     """
     path = os.fspath(path)
-    _check_start(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        if _is_cut_short(path):
-            raise _damaged(path, "is cut short") from error
-        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
+    strings, tensors = read_with_strings(path)
+    text = strings.get(METADATA_KEY)
     if text is None:
         return None, tensors
     try:
@@ -199,6 +202,22 @@ def read_safetensors(
     if not isinstance(metadata, dict):
         raise _damaged(path, "has unreadable QuantTune metadata")
     return metadata, tensors
+
+
+def read_with_strings(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """As `read_safetensors`, with all metadata as it stands in the file in place of ours."""
+    path = os.fspath(path)
+    _check_start(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            strings = dict(file.metadata() or {})
+            return strings, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        if _is_cut_short(path):
+            raise _damaged(path, "is cut short") from error
+        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
 
 
 def _check_start(path: str) -> None:
@@ -227,8 +246,7 @@ def _check_start(path: str) -> None:
     length = struct.unpack("<Q", start[:8])[0]
     if start[8:9] != b"{":
         raise QuantTuneError(
-            f"The file {path} is not a safetensors file; choose one that ends in .safetensors "
-            "and was saved by QuantTune."
+            f"The file {path} is not a safetensors file; choose one that ends in .safetensors."
         )
     if length > MAX_HEADER_BYTES:
         raise _damaged(path, f"has a damaged header (it claims {length} bytes)")

@@ -1,0 +1,265 @@
+"""Whether a LoRA fits a MODEL: looked at before anything of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import comfy.lora
+import comfy.lora_convert
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ..quant import QuantTuneError
+from ..training.lora_layer import largest_rank
+from .lora_keys import ALPHA, DOWN, UP, by_layer, key_map
+from .lora_peft import ENCODERS, WRAPPER, normalised, peft_config
+
+ENOUGH = 0.5
+"""A LoRA of which less than this share of layers fits is for another model."""
+OTHER = "use a LoRA that was made for this model"
+AGAIN = "download or save it again"
+
+
+@dataclass(frozen=True)
+class LoraFit:
+    """A LoRA as the host reads it, and how much of it fits.
+
+    Attributes:
+        name: of the LoRA, for messages.
+        patches: what ``ModelPatcher.add_patches`` takes, for the model and the text encoders.
+        matched: number of its layers that the model and the text encoders have.
+        layers: number of its layers, without those in ``encoders``.
+        unknown: names of what found no place.
+        encoders: number of its layers for text encoders, where no CLIP was given.
+        ranks: rank to the number of layers that have it; plain LoRA and DoRA only.
+        alphas: alpha to the number of layers that have it.
+        kinds: what the others are, such as "loha", to their number.
+        too_high: the first layer with more rank than its weight has, or "".
+    """
+
+    name: str
+    patches: dict
+    matched: int
+    layers: int
+    unknown: tuple[str, ...]
+    encoders: int
+    ranks: Counter
+    alphas: Counter
+    kinds: Counter
+    too_high: str
+
+    def __str__(self):
+        facts = [f"{self.matched} of {self.layers} layers matched"]
+        if self.ranks:
+            facts += [f"rank {_span(self.ranks)}", f"alpha {_span(self.alphas)}"]
+        facts += [f"{count} x {kind}" for kind, count in sorted(self.kinds.items())]
+        return ", ".join(facts)
+
+    def notes(self) -> list[str]:
+        """What else the user should know, a sentence each."""
+        notes = []
+        if self.unknown:
+            notes.append(f"Warning: {len(self.unknown)} parts of '{self.name}' have no place in "
+                         f"this model and are left out (first: '{self.unknown[0]}').")
+        if self.encoders:
+            notes.append(f"It also changes {self.encoders} layers of the text encoder; connect a "
+                         "CLIP to use them.")
+        if self.too_high:
+            notes.append(f"Its rank is higher than the layer '{self.too_high}' can use, which only "
+                         "makes the file larger.")
+        return notes
+
+
+def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
+             name: str = "the LoRA") -> LoraFit:
+    """Read a LoRA for a MODEL and a CLIP, and check it.
+
+    Args:
+        lora: names and tensors as files have them.
+        model: MODEL or None.
+        clip: CLIP or None; without one the layers of text encoders are left out.
+        name: for messages.
+
+    Raises:
+        QuantTuneError: no LoRA at all, NaN, half of a pair, less than half of the layers in this
+            model, or a shape that does not fit.
+    """
+    check_tensors(lora, name)
+    keys = key_map(model, clip)
+    weights = _Weights(model, clip)
+    try:
+        readable = normalised(comfy.lora_convert.convert_lora(dict(lora)), keys,
+                              peft_config(getattr(lora, "metadata", {})), weights)
+    except QuantTuneError as error:
+        raise QuantTuneError(f"'{name}': {error}") from error
+    found, encoders, unknown = 0, 0, []
+    for layer in by_layer(readable):
+        if layer in keys:
+            found += 1
+        elif clip is None and _of_encoder(layer):
+            encoders += 1
+        else:
+            unknown.append(layer)
+    layers = found + len(unknown)
+    if found < ENOUGH * layers or not found:
+        raise QuantTuneError(_no_fit(name, found, layers, encoders, unknown, lora, model))
+    patches = comfy.lora.load_lora(readable, keys, log_missing=False)
+    ranks, alphas, kinds, too_high = Counter(), Counter(), Counter(), ""
+    for target, patch in list(patches.items()):
+        layer, shape = _layer(target), weights.shape(target)
+        if shape is None:  # such as a bias of a layer that has none
+            unknown.append(_key(target))
+            del patches[target]
+            continue
+        if not isinstance(patch, LoRAAdapter):
+            kinds[_kind(patch)] += 1
+            continue
+        up, down, alpha, *_ = patch.weights
+        ranks[down.shape[0]] += 1
+        alphas[down.shape[0] if alpha is None else alpha] += 1
+        _check_shape(name, layer, patch, shape, lora)
+        if down.shape[0] > largest_rank(shape) and not too_high:
+            too_high = layer
+    return LoraFit(name, patches, found, layers, tuple(unknown), encoders, ranks, alphas, kinds,
+                   too_high)
+
+
+class _Weights:
+    """The weights of a MODEL and a CLIP by the values of `lora_keys.key_map`, read when asked."""
+
+    def __init__(self, model, clip):
+        self._known: dict = {}
+        for patcher in (model, None if clip is None else clip.patcher):
+            if patcher is not None:
+                self._known |= patcher.model_state_dict()
+        self._patchers = [p for p in (model, clip and clip.patcher) if p is not None]
+
+    def shape(self, target) -> tuple[int, ...] | None:
+        """Shape of the weight, or of the part of it, behind ``target``."""
+        weight = self._known.get(_key(target))
+        if weight is None:
+            return None
+        shape = list(weight.shape)
+        if part := _part(target):
+            shape[part[0]] = part[2]
+        return tuple(shape)
+
+    def __call__(self, target) -> Tensor | None:
+        """The weight itself in float32 on the CPU, before any patch."""
+        for patcher in self._patchers:
+            entry = patcher.get_key_patches(_key(target)).get(_key(target))
+            if entry is not None:
+                weight, convert = entry[0]
+                weight = convert(weight).to("cpu", torch.float32)
+                part = _part(target)
+                return weight.narrow(*part) if part else weight
+        return None
+
+
+def _key(target) -> str:
+    return target if isinstance(target, str) else target[0]
+
+
+def _part(target) -> tuple[int, int, int] | None:
+    return None if isinstance(target, str) else target[1]
+
+
+def _layer(target) -> str:
+    return _key(target).removesuffix(".weight")
+
+
+def _kind(patch) -> str:
+    return getattr(patch, "name", None) or (patch[0] if isinstance(patch, tuple) else "patch")
+
+
+def _span(counts: Counter) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def check_tensors(lora, name: str) -> None:
+    """Raise QuantTuneError for what is no LoRA, or a damaged one, whatever the model."""
+    if not isinstance(lora, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in lora.items()):
+        raise QuantTuneError(f"'{name}' is not a LoRA; connect the output of 'LoRA Train' or "
+                             "'Train LoRA'.")
+    if not lora:
+        raise QuantTuneError(f"'{name}' holds no tensors; {AGAIN}.")
+    for key, tensor in lora.items():
+        # Of 8-bit floats torch cannot ask.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise QuantTuneError(f"'{name}' holds NaN or infinite values in '{key}'; {AGAIN}, or "
+                                 "train it with a lower learning rate.")
+    for layer, tensors in by_layer(lora).items():
+        halves = {DOWN, UP} & tensors.keys()
+        if len(halves) == 1:
+            (have,), (lack,) = halves, {DOWN, UP} - halves
+            raise QuantTuneError(f"'{name}' has the {have} half of the layer '{layer}' without its "
+                                 f"{lack} half; {AGAIN}.")
+        if halves:
+            down, up = lora[tensors[DOWN]], lora[tensors[UP]]
+            if min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0] or not down.numel():
+                raise QuantTuneError(
+                    f"'{name}' has halves of shapes {list(down.shape)} and {list(up.shape)} for "
+                    f"the layer '{layer}', which do not belong together; {AGAIN}.")
+        if ALPHA in tensors and lora[tensors[ALPHA]].numel() != 1:
+            raise QuantTuneError(f"'{name}' has {lora[tensors[ALPHA]].numel()} values for the one "
+                                 f"number '{tensors[ALPHA]}'; {AGAIN}.")
+
+
+def _of_encoder(layer: str) -> bool:
+    layer = layer.removeprefix(WRAPPER)
+    return layer.startswith(("lora_te", "text_model.", "text_encoders.")) or (
+        layer.partition(".")[0] in ENCODERS)
+
+
+def _check_shape(name, layer, patch: LoRAAdapter, shape, lora) -> None:
+    up, down, _, mid, _, reshape = patch.weights
+    if reshape is not None:
+        shape = tuple(reshape)
+    inputs = down.shape[1] * math.prod(mid.shape[2:]) if mid is not None else (
+        math.prod(down.shape[1:]))
+    if (up.shape[0], inputs) != (shape[0], math.prod(shape[1:])):
+        seems = family(lora)
+        raise QuantTuneError(
+            f"'{name}' does not fit this model: for '{layer}' it is made for a weight of "
+            f"{up.shape[0]} x {inputs} values and the layer has {shape[0]} x "
+            f"{math.prod(shape[1:])}{f' (it seems to be for {seems})' if seems else ''}; {OTHER}.")
+
+
+def _no_fit(name, found, layers, encoders, unknown, lora, model) -> str:
+    own = "this text encoder" if model is None else (
+        f"this {type(model.model.model_config).__name__} model")
+    if not layers and encoders:
+        return (f"'{name}' changes the text encoder only ({encoders} layers), and no CLIP is "
+                "connected; connect one.")
+    seems = family(lora)
+    seems = f", it seems to be for {seems}" if seems else ""
+    example = f", such as '{unknown[0]}'" if unknown else ""
+    none = "none" if not found else f"only {found}"
+    return (f"'{name}' fits {none} of its {layers} layers to {own}{example}{seems}; {OTHER}.")
+
+
+def family(lora: Mapping[str, Tensor]) -> str:
+    """Which models a LoRA seems to be for, in words; "" where that is not easily known."""
+    metadata = getattr(lora, "metadata", {})
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if metadata.get(key):
+            return f"'{metadata[key]}'"
+    layers = by_layer(lora)
+    text = "\n".join(layers)
+    for word, models in (("double_blocks", "Flux"), ("single_transformer_blocks", "Flux"),
+                         ("joint_blocks", "SD3"), ("prior_unet", "Stable Cascade")):
+        if word in text:
+            return models
+    for layer, tensors in layers.items():
+        # What cross-attention reads has the width of the model's text encoder.
+        if layer.endswith(("attn2_to_k", "attn2.to_k")) and DOWN in tensors:
+            width = lora[tensors[DOWN]].shape[1]
+            return {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "the SDXL refiner"}.get(
+                width, "")
+    return ""
