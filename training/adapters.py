@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..quant import QuantTuneError
 from .lora_config import LoraTraining
-from .lora_layer import LoraLayer
+from .lora_layer import LoraLayer, largest_rank, peft_magnitude, stock_magnitude
 from .sampling import generator_of
 
 NAME = "quanttune"
@@ -65,13 +65,14 @@ class Adapters:
         """The present adapters by layer name, on the CPU."""
         found = {}
         for name, layer in self.layers.items():
-            magnitude = None
-            if NAME in layer.lora_magnitude_vector:
-                magnitude = _kept(layer.lora_magnitude_vector[NAME].weight)
-                magnitude = magnitude.reshape(-1, *[1] * (layer.lora_A[NAME].weight.dim() - 1))
-            down, up = (_kept(m[NAME].weight) for m in (layer.lora_A, layer.lora_B))
+            down, up = (m[NAME].weight.detach() for m in (layer.lora_A, layer.lora_B))
             # Files know one kind of scaling: alpha / rank.
-            found[name] = LoraLayer(down, up, layer.scaling[NAME] * len(down), magnitude)
+            plain = LoraLayer(down, up, layer.scaling[NAME] * len(down))
+            if NAME in layer.lora_magnitude_vector:
+                delta, magnitude = plain.delta(), layer.lora_magnitude_vector[NAME].weight
+                plain = replace(plain, dora_scale=stock_magnitude(
+                    magnitude, _base_weight(layer, delta), delta))
+            found[name] = replace(plain, down=plain.down.clone(), up=plain.up.clone())
         return found
 
     def load(self, start: Mapping[str, LoraLayer], name: str = "the LoRA") -> None:
@@ -91,19 +92,28 @@ class Adapters:
                 if given.rank != len(own[0]):
                     raise QuantTuneError(f"'{name}' has rank {given.rank}, but {len(own[0])} is "
                                          "set; choose its rank to train on.")
-                magnitude = layer.lora_magnitude_vector
-                if (given.dora_scale is not None) != (NAME in magnitude):
+                vector = layer.lora_magnitude_vector
+                if (given.dora_scale is not None) != (NAME in vector):
                     has = "has" if given.dora_scale is not None else "lacks"
                     raise QuantTuneError(f"'{name}' {has} DoRA's magnitudes; set dora accordingly.")
                 own[0].copy_(given.down)
                 own[1].copy_(given.up * (given.alpha / given.rank / layer.scaling[NAME]))
-                if given.dora_scale is not None:
-                    own_scale = magnitude[NAME].weight
-                    own_scale.copy_(given.dora_scale.reshape(own_scale.shape))
+                if given.dora_scale is None:
+                    continue
+                if given.dora_scale.shape[0] != len(own[1]):
+                    raise QuantTuneError(f"'{name}' has DoRA's magnitudes by input, which cannot "
+                                         "be trained on; start without it.")
+                delta, magnitude = given.delta(), vector[NAME].weight
+                magnitude.copy_(peft_magnitude(given.dora_scale, _base_weight(layer, delta),
+                                               delta).reshape(magnitude.shape))
 
 
-def _kept(value: Tensor) -> Tensor:
-    return value.detach().float().cpu().clone()
+def _base_weight(layer: nn.Module, delta: Tensor) -> Tensor:
+    """The frozen weight, packed or not, as floats of the shape of ``delta``."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(layer.get_base_layer()).detach().cpu()
+    return torch.zeros_like(delta) + weight.view(delta.shape)
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def adapters(module: nn.Module, names: Sequence[str], config: LoraTraining,
 
     modules = dict(module.named_modules())
     originals = {name: modules[name] for name in names}
-    ranks = {name: min(config.rank, _largest_rank(m)) for name, m in originals.items()}
+    ranks = {name: min(config.rank, largest_rank(m.weight.shape)) for name, m in originals.items()}
     if max(ranks.values()) < config.rank:
         raise QuantTuneError(f"The rank {config.rank} is larger than every layer that would be "
                              f"trained (at most {max(ranks.values())}); choose a smaller rank.")
@@ -177,14 +187,6 @@ def _exactly(names: Sequence[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _largest_rank(layer: nn.Module) -> int:
-    """Of a weight's matrix."""
-    if isinstance(layer, nn.Conv2d):
-        kernel = layer.kernel_size[0] * layer.kernel_size[1]
-        return min(layer.out_channels, layer.in_channels // layer.groups * kernel)
-    return min(layer.out_features, layer.in_features)
-
-
 def _own_matrices(layer: nn.Module, name: str, seed: int, device: torch.device) -> None:
     """Put float32 matrices of our own in place of peft's.
 
@@ -207,7 +209,7 @@ def _own_matrices(layer: nn.Module, name: str, seed: int, device: torch.device) 
 
 def _with_magnitude(layer: nn.Module, how, device: torch.device) -> None:
     """Make a DoRA layer of a LoRA layer whose matrices are its own by now."""
-    how = dataclasses.replace(how, use_dora=True)
+    how = replace(how, use_dora=True)
     variant = layer.resolve_lora_variant(config=how)
     layer.lora_variant[NAME], layer.use_dora[NAME] = variant, True
     variant.init(layer, adapter_name=NAME, config=how)

@@ -22,14 +22,14 @@ def run(net, dtype=torch.float32):
 
 
 def merged(net, layers):
-    """The net with ``W + alpha / rank * up @ down`` in the weights, DoRA by its definition."""
+    """The net with ``W + alpha / rank * up @ down`` in the weights, DoRA as the host has it."""
     result = ToyNet()
     for name, layer in layers.items():
         weight = result.get_submodule(name).weight
         delta = (layer.up.flatten(1) @ layer.down.flatten(1)).view_as(weight)
         new = weight + layer.alpha / layer.rank * delta
         if layer.dora_scale is not None:
-            norm = new.flatten(1).norm(dim=1).view(-1, *[1] * (new.dim() - 1))
+            norm = weight.flatten(1).norm(dim=1).view(-1, *[1] * (new.dim() - 1))
             new = layer.dora_scale * new / norm
         weight.data.copy_(new)
     return result
