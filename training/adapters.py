@@ -57,9 +57,9 @@ class Adapters:
         return found
 
     def train(self, mode: bool) -> None:
-        """Switch dropout on or off."""
+        """Switch dropout on or off, and nothing else: NF4 layers repack for good in eval mode."""
         for layer in self.layers.values():
-            layer.train(mode)
+            layer.lora_dropout.train(mode)
 
     def export(self) -> dict[str, LoraLayer]:
         """The present adapters by layer name, on the CPU."""
@@ -137,7 +137,7 @@ def adapters(module: nn.Module, names: Sequence[str], config: LoraTraining,
 
     modules = dict(module.named_modules())
     originals = {name: modules[name] for name in names}
-    ranks = {name: min(config.rank, largest_rank(m.weight.shape)) for name, m in originals.items()}
+    ranks = {name: min(config.rank, largest_rank(_shape(m))) for name, m in originals.items()}
     if max(ranks.values()) < config.rank:
         raise QuantTuneError(f"The rank {config.rank} is larger than every layer that would be "
                              f"trained (at most {max(ranks.values())}); choose a smaller rank.")
@@ -185,6 +185,13 @@ def _injected(module, names, how, config: LoraTraining, device) -> dict[str, nn.
 
 def _exactly(names: Sequence[str]) -> str:
     return "|".join(re.escape(name) for name in names)
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of a weight; that of NF4 layers is packed."""
+    if isinstance(layer, nn.Conv2d):
+        return tuple(layer.weight.shape)
+    return layer.out_features, layer.in_features
 
 
 def _own_matrices(layer: nn.Module, name: str, seed: int, device: torch.device) -> None:
