@@ -18,7 +18,8 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-_IMAGES = {"folder": str, "captions": str, "phrase": str, "resolution": int, "fit": str}
+_IMAGES = {"folder": str, "captions": str, "phrase": str, "resolution": int, "fit": str,
+           "caption_column": str, "limit": int}
 SECTIONS: dict[str, dict[str, type] | None] = {
     "base": {"starter": bool, "checkpoint": str, "quantized_unet": str, "bits": int,
              "keep_float": str, "device": str, "nf4": bool, "lora": str},

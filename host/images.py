@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import codecs
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..quant import QuantTuneError
-from ..training.data import TrainingImages
+from ..training.buckets import bucket_of, told
+from ..training.data import ROOM, TrainingImages, free_memory
+from .captions import metadata_file, metadata_state, with_metadata, with_text_files
+from .dataset_folder import dataset_files, dataset_pictures, is_dataset
+from .picture_file import SUFFIXES, UNREADABLE, Found, left_out, open_picture, picture_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-OTHER_PICTURES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".psd", ".svg")
-"""Kinds of pictures that are not read, which is said rather than passed over."""
 SUBJECTS = Path(__file__).resolve().parent.parent / "starter" / "subjects"
 STARTER = "starter: "
 FITS = ("centre crop", "keep shape")
-CAPTIONS = ("text files", "one phrase", "none")
-SMALLEST, LARGEST = 8, 100_000_000
-"""Least side, and most pixels, of a picture that is read."""
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError,
-              Image.DecompressionBombError)
-"""What `open_picture` raises for a file that is no picture, or a damaged one."""
+CAPTIONS = ("text files", "one phrase", "none", "metadata.jsonl", "dataset column")
+TEXT_FILES, ONE_PHRASE, NO_CAPTIONS, METADATA, DATASET = CAPTIONS
+MOST_TOLD = 20
+"""Sentences about what was left out that a report has."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,16 @@ def image_folders() -> list[str]:
     names = [STARTER + p.name for p in sorted(SUBJECTS.iterdir()) if p.is_dir()]
     root = Path(folder_paths.get_input_directory())
     if root.is_dir():
-        names += [p.name for p in sorted(root.iterdir())
-                  if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir())]
+        names += [p.name for p in sorted(root.iterdir()) if p.is_dir() and _holds_pictures(p)]
     return names
+
+
+def _holds_pictures(folder: Path) -> bool:
+    try:
+        return (any(f.suffix.lower() in SUFFIXES for f in folder.iterdir())
+                or metadata_file(folder) is not None or is_dataset(folder))
+    except OSError:
+        return False  # one that may not be read
 
 
 def folder_of(name: str) -> Path:
@@ -66,27 +71,71 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def folder_state(name: str) -> str:
-    """What changes when a picture or caption of a folder does."""
-    files = sorted(folder_of(name).iterdir())
-    return str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+def folder_state(name: str, captions: str = TEXT_FILES) -> str:
+    """What changes when a picture or caption of a folder does.
+
+    With a list of metadata, folders below it count; of a dataset, the files with its rows.
+    """
+    folder = folder_of(name)
+    if captions == DATASET:
+        files: Iterable[Path] = dataset_files(folder)
+    elif captions == METADATA and metadata_file(folder):
+        files = metadata_state(folder)
+    else:
+        files = folder.iterdir()
+    return str([(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns)
+                for f in sorted(files) if f.is_file()])
 
 
-def read_folder(name: str, captions: str = "text files", phrase: str = "", resolution: int = 512,
-                fit: str = "centre crop", prior: bool = False) -> Reading:
-    """Read all pictures of a folder in the order of their names.
+def read_folder(name: str, captions: str = TEXT_FILES, phrase: str = "", resolution: int = 512,
+                fit: str = "centre crop", prior: bool = False, caption_column: str = "text",
+                limit: int = 0) -> Reading:
+    """Read the pictures of a folder in the order of their names, of its list, or of its rows.
 
     Args:
         name: see `folder_of`.
-        captions: of `CAPTIONS`: a text file beside each picture (``phrase`` where there is none),
-            ``phrase`` for all, or none at all.
+        captions: of `CAPTIONS`: a text file beside each picture, ``phrase`` for all, none at all,
+            the folder's metadata.jsonl (or .csv, .parquet), or a Hugging Face dataset. The phrase
+            serves where a picture has no caption of its own.
         phrase: words for a picture.
         resolution, fit: see `fitted`.
         prior: whether they are class images.
+        caption_column: of metadata.jsonl or of the dataset; empty for pictures without captions.
+        limit: the first so many that can be read, 0 for all.
 
     Raises:
-        QuantTuneError: no readable picture, or no caption where one is needed.
+        QuantTuneError: no readable picture, no caption where one is needed, more pictures than
+            memory holds, or whatever `captions` and `dataset_folder` find wrong.
     """
+    _check_settings(captions, fit, resolution, limit)
+    folder, column = folder_of(name), caption_column.strip()
+    pictures: list[torch.Tensor] = []
+    texts: list[str] = []
+    warnings: list[str] = []
+    room, used = ROOM * free_memory(), 0
+    for found in _found(folder, captions, column, warnings):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        try:
+            picture = fitted(open_picture(found.source), resolution, fit)
+        except UNREADABLE as error:
+            warnings.append(left_out(found.name, error))
+            continue
+        pictures.append(picture)
+        texts.append(_caption(found, captions, phrase, column))
+        used += picture.nbytes
+        if used > room:
+            raise QuantTuneError(
+                f"The pictures of '{name}' do not fit into memory: the first {len(pictures):,} take"
+                f" {used / 2**30:.1f} GiB; set a limit, or a smaller resolution.")
+        if len(pictures) == limit:
+            break
+    if not pictures:
+        raise _nothing(name, folder, captions, warnings)
+    return Reading(TrainingImages(tuple(pictures), tuple(texts), subject_of(phrase, texts),
+                                  (prior,) * len(pictures)), tuple(warnings))
+
+
+def _check_settings(captions: str, fit: str, resolution: int, limit: int) -> None:
     for what, value, known in (("captions", captions, CAPTIONS), ("fit", fit, FITS)):
         if value not in known:
             raise QuantTuneError(f"The setting {what} is {value!r}, but it has to be one of "
@@ -94,23 +143,43 @@ def read_folder(name: str, captions: str = "text files", phrase: str = "", resol
     if not 64 <= resolution <= 4096 or resolution % 8:
         raise QuantTuneError(f"The resolution is {resolution}, but it has to be a multiple of 8 "
                              "from 64 to 4096.")
-    folder = folder_of(name)
-    pictures, texts, warnings = [], [], []
-    for path in picture_files(folder, warnings):
-        try:
-            picture = fitted(open_picture(path), resolution, fit)
-        except UNREADABLE as error:
-            warnings.append(left_out(path, error))
-            continue
-        pictures.append(picture)
-        texts.append(_caption(path, captions, phrase))
-    if not pictures:
-        cause = f" ({warnings[0]})" if warnings else ""
-        raise QuantTuneError(
-            f"The folder '{name}' has no picture that can be read{cause}; put {', '.join(SUFFIXES)}"
-            " files into it.")
-    return Reading(TrainingImages(tuple(pictures), tuple(texts), subject_of(phrase, texts),
-                                  (prior,) * len(pictures)), tuple(warnings))
+    if limit < 0:
+        raise QuantTuneError(f"The limit is {limit}, but it has to be a number of pictures, or 0 "
+                             "for all.")
+
+
+def _found(folder: Path, captions: str, column: str, warnings: list[str]) -> Iterable[Found]:
+    if captions == METADATA:
+        return with_metadata(folder, column, warnings)
+    if captions == DATASET:
+        return dataset_pictures(folder, column, warnings)
+    if captions == TEXT_FILES:
+        return with_text_files(folder, warnings)
+    return (Found(path.name, path, None, f"give a phrase, or set captions to '{NO_CAPTIONS}'")
+            for path in picture_files(folder, warnings))
+
+
+def _caption(found: Found, captions: str, phrase: str, column: str) -> str:
+    if captions == NO_CAPTIONS:
+        return ""
+    if found.caption is not None:
+        return found.caption
+    if phrase.strip() or (captions in (METADATA, DATASET) and not column):
+        return phrase.strip()
+    raise QuantTuneError(f"{found.name} has no caption; {found.advice}.")
+
+
+def _nothing(name: str, folder: Path, captions: str, warnings: Sequence[str]) -> QuantTuneError:
+    """The error for a folder without a picture, with the kind of captions it seems to be for."""
+    cause = f" ({warnings[0]})" if warnings else ""
+    advice = f"put {', '.join(SUFFIXES)} files into it"
+    if captions != DATASET and is_dataset(folder):
+        advice = f"it is a dataset, so set captions to '{DATASET}'"
+    elif captions != METADATA and metadata_file(folder):
+        advice = f"it has a list of pictures, so set captions to '{METADATA}'"
+    elif captions == DATASET:
+        advice = "choose another dataset"
+    return QuantTuneError(f"The folder '{name}' has no picture that can be read{cause}; {advice}.")
 
 
 def subject_of(phrase: str, texts: Sequence[str]) -> str:
@@ -122,81 +191,15 @@ def subject_of(phrase: str, texts: Sequence[str]) -> str:
     return " ".join(common).strip(" ,")
 
 
-def picture_files(folder: Path, warnings: list[str] | None = None) -> list[Path]:
-    """Files of a folder that are read as pictures, in the order of their names.
-
-    A sentence for each picture of a kind that is not read goes to ``warnings``.
-    """
-    paths = sorted(folder.iterdir())
-    if warnings is not None:
-        warnings += [f"{p.name} was left out: convert it to .png or .jpg" for p in paths
-                     if p.suffix.lower() in OTHER_PICTURES]
-    return [p for p in paths if p.suffix.lower() in SUFFIXES]
-
-
-def left_out(path: Path, error: Exception) -> str:
-    """The sentence for a file that could not be read."""
-    reason = str(error).split("'")[0].strip() or type(error).__name__
-    return f"{path.name} was left out: {reason}"
-
-
-def open_picture(path: Path) -> Image.Image:
-    """An RGB picture, turned upright, transparency over white; raises one of `UNREADABLE`."""
-    with Image.open(path) as image:
-        if image.width * image.height > LARGEST:
-            raise ValueError("it has too many pixels")
-        image = _eight_bits(ImageOps.exif_transpose(image))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    if min(image.size) < SMALLEST:
-        raise ValueError(f"it is only {image.width} x {image.height} pixels")
-    return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits, which PIL would cut off at 255, in 8; others as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
-
-
-def _caption(path: Path, captions: str, phrase: str) -> str:
-    if captions == "none":
-        return ""
-    if captions == "text files":
-        beside = path.with_suffix(".txt")
-        if beside.is_file():
-            return " ".join(_text(beside).split())
-    if not phrase.strip():
-        raise QuantTuneError(
-            f"The picture {path.name} has no caption; write {path.stem}.txt beside it, give a "
-            "phrase, or set captions to 'none'.")
-    return phrase.strip()
-
-
-def _text(path: Path) -> str:
-    """A text file as editors write it: UTF-8, or UTF-16 with its mark."""
-    raw = path.read_bytes()
-    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return raw.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-
-
 def fitted(image: Image.Image, resolution: int, fit: str) -> torch.Tensor:
     """A picture of the training size: ``[H, W, 3]`` float32 in 0..1.
 
-    fit: "centre crop" gives squares of ``resolution``; "keep shape" keeps the picture's own shape
-    at about ``resolution ** 2`` pixels, sides being multiples of 64 (of 8 below 256).
+    fit: "centre crop" gives squares of ``resolution``; "keep shape" the bucket whose shape is
+    nearest to the picture's (`training.buckets`). What sticks out is cut off at both ends alike.
     """
-    if fit == "centre crop":
-        size = (resolution, resolution)
-    else:
-        unit = 8 if resolution < 256 else 64
-        shape = min(max(image.width / image.height, 1 / 3), 3)
-        size = tuple(max(unit, round(resolution * f / unit) * unit)
-                     for f in (math.sqrt(shape), 1 / math.sqrt(shape)))
+    size = (resolution, resolution)
+    if fit != "centre crop":
+        size = bucket_of(image.width, image.height, resolution)
     image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(image, np.float32) / 255)
 
@@ -224,15 +227,30 @@ def as_image(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)[None]
 
 
-def contact_sheet(images: TrainingImages, count: int = 24) -> Image.Image:
+def report(images: TrainingImages, warnings: Sequence[str] = ()) -> str:
+    """How many pictures there are, of which shapes, and what was left out."""
+    lines = [f"{len(images.images)} images"]
+    shapes = told(images.images)
+    if shapes:
+        lines += [shapes, "A batch holds pictures of one bucket; where a bucket has fewer, they "
+                          "repeat in it."]
+    lines += warnings[:MOST_TOLD]
+    if len(warnings) > MOST_TOLD:
+        lines.append(f"and {len(warnings) - MOST_TOLD} more were left out")
+    return "\n".join(lines)
+
+
+def contact_sheet(images: TrainingImages, count: int = 24, columns: int = 6) -> Image.Image:
     """Small pictures of what will be trained on, with their captions."""
     from ..metrics.charts import picture_grid
 
-    pictures = [(p * 255).round().byte().numpy() for p in images.images[:count]]
-    columns = min(6, len(pictures))
-    blank = np.full_like(pictures[0], 255)
-    pictures += [blank] * (-len(pictures) % columns)
+    pictures = [Image.fromarray((p * 255).round().byte().numpy()) for p in images.images[:count]]
+    if len({p.size for p in pictures}) > 1:
+        side = max(max(p.size) for p in pictures)
+        pictures = [ImageOps.pad(p, (side, side), color="white") for p in pictures]
+    columns = min(columns, len(pictures))
+    pictures += [Image.new("RGB", pictures[0].size, "white")] * (-len(pictures) % columns)
     rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
-    labels = [" · ".join(images.captions[i:i + columns]) for i in
-              range(0, len(rows) * columns, columns)]
+    captions = [images.captions[i:i + columns] for i in range(0, len(rows) * columns, columns)]
+    labels = [c[0] if len(set(c)) == 1 else " · ".join(c) for c in captions]
     return picture_grid(rows, labels, cell=160)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from .images import UNREADABLE, folder_of, left_out, open_picture, picture_files
+from .images import folder_of
+from .picture_file import UNREADABLE, left_out, open_picture, picture_files
 
 BATCH, PIXELS = 16, 1 << 24
 """Most pictures, and most pixels of them together, in memory at a time."""
@@ -79,7 +80,7 @@ class PictureStream:
             try:
                 pixels = np.asarray(open_picture(path))
             except UNREADABLE as error:
-                self.warnings.append(left_out(path, error))
+                self.warnings.append(left_out(path.name, error))
                 continue
             picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
             full = len(waiting) == BATCH or len(waiting) * picture[0].numel() >= PIXELS

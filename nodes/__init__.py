@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
+from .augment import AugmentImages
 from .benchmark import BenchmarkModel
 from .calibrate import CalibrateInt8
 from .check import CheckQuantizedModel
@@ -31,6 +32,6 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
+                AugmentImages, WeightChangeMap, DynamicInt8, SaveForStock, CalibrateInt8,
                 TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel,
                 CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode, SaveReport]

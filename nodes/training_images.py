@@ -12,6 +12,7 @@ from ..host.images import (
     from_batch,
     image_folders,
     read_folder,
+    report,
 )
 from ..host.pictures import SamplingSettings
 
@@ -25,10 +26,12 @@ def _resolution():
                                 "for SD1.5, 1024 for SDXL.")
 
 
-def _shown(images, lines=()):
-    sheet = as_image(contact_sheet(images))
-    text = "\n".join([f"{len(images.images)} images", *lines])
-    return sheet, text
+def shown(cls, images, warnings=(), columns=6) -> io.NodeOutput:
+    """Training images, their contact sheet and a report, which the node also shows."""
+    sheet = as_image(contact_sheet(images, columns=columns))
+    text = report(images, warnings)
+    return io.NodeOutput(images, sheet, text, ui={
+        **ui.PreviewImage(sheet, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()})
 
 
 class TrainingImagesNode(io.ComfyNode):
@@ -53,7 +56,10 @@ class TrainingImagesNode(io.ComfyNode):
                 io.Combo.Input("captions", options=list(CAPTIONS), default=CAPTIONS[0],
                                tooltip="'text files': dog1.txt beside dog1.png, else the phrase; "
                                        "'one phrase': the phrase for all; 'none': train without "
-                                       "words, for a style or a whole collection."),
+                                       "words, for a style or a whole collection; "
+                                       "'metadata.jsonl': a list in the folder, of file_name and "
+                                       "caption (also .csv); 'dataset column': a Hugging Face "
+                                       "dataset saved to disk, or its .parquet files."),
                 io.String.Input("phrase", default="", multiline=True,
                                 tooltip="What the pictures show, with a rare word for the subject: "
                                         "'a photo of a sks dog'. For connected images one line "
@@ -67,6 +73,11 @@ class TrainingImagesNode(io.ComfyNode):
                 Images.Input("more", optional=True,
                              tooltip="Another subject, or class images, to train together with "
                                      "these."),
+                io.String.Input("caption_column", default="text", optional=True,
+                                tooltip="With metadata.jsonl or a dataset: the column of the "
+                                        "captions. Empty: the phrase for all, or no words."),
+                io.Int.Input("limit", default=0, min=0, max=10_000_000, optional=True,
+                             tooltip="Only the first so many pictures of the folder; 0 for all."),
             ],
             outputs=[
                 Images.Output("training_images", display_name="training images",
@@ -74,32 +85,30 @@ class TrainingImagesNode(io.ComfyNode):
                 io.Image.Output("sheet", display_name="contact sheet",
                                 tooltip="The first pictures as they will be trained on."),
                 io.String.Output("report", display_name="report",
-                                 tooltip="How many, and what was left out."),
+                                 tooltip="How many, of which shapes, and what was left out."),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder=None, folder_path="", images=None, **kwargs):
+    def fingerprint_inputs(cls, folder=None, folder_path="", captions=CAPTIONS[0], images=None,
+                           **kwargs):
         if images is not None or folder is None:
             return ""
-        return folder_state(folder_path if folder == FOLDER else folder)
+        return folder_state(folder_path if folder == FOLDER else folder, captions)
 
     @classmethod
     def execute(cls, folder, folder_path, captions, phrase, resolution, fit, images=None,
-                more=None) -> io.NodeOutput:
+                more=None, caption_column="text", limit=0) -> io.NodeOutput:
         warnings = ()
         if images is not None:
             found = from_batch(images, "" if captions == "none" else phrase, resolution, fit)
         else:
             reading = read_folder(folder_path if folder == FOLDER else folder, captions, phrase,
-                                  resolution, fit)
+                                  resolution, fit, caption_column=caption_column, limit=limit)
             found, warnings = reading.images, reading.warnings
         if more is not None:
             found = found.joined(more)
-        sheet, text = _shown(found, warnings)
-        return io.NodeOutput(found, sheet, text,
-                             ui={**ui.PreviewImage(sheet, cls=cls).as_dict(),
-                                 **ui.PreviewText(text).as_dict()})
+        return shown(cls, found, warnings)
 
 
 class ClassImagesNode(io.ComfyNode):
@@ -156,6 +165,5 @@ class ClassImagesNode(io.ComfyNode):
         else:
             found = class_images(model, clip, vae, class_prompt, count,
                                  SamplingSettings(resolution, resolution, steps, cfg, seed=seed))
-        sheet, text = _shown(found, warnings)
-        return io.NodeOutput(found, sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(),
-                                               **ui.PreviewText(text).as_dict()})
+        output = shown(cls, found, warnings)
+        return io.NodeOutput(*output.args[:2], ui=output.ui)

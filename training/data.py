@@ -11,6 +11,16 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 
+ROOM = 0.8
+"""Share of the free memory that pictures may take."""
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free."""
+    import psutil  # a requirement of the host
+
+    return psutil.virtual_memory().available
+
 
 @dataclass(frozen=True)
 class TrainingImages:

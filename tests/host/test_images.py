@@ -90,7 +90,7 @@ def test_pictures_of_other_kinds_are_named(folder):
 @pytest.mark.parametrize("options,match", [
     ({"fit": "stretch"}, "fit is 'stretch'"), ({"captions": "foo"}, "captions is 'foo'"),
     ({"resolution": 0}, "resolution is 0"), ({"resolution": 7}, "resolution is 7"),
-    ({"resolution": 10**9}, "resolution is 1000000000"),
+    ({"resolution": 10**9}, "resolution is 1000000000"), ({"limit": -1}, "limit is -1"),
 ])
 def test_settings_of_a_configuration_file(options, match, folder):
     from quanttune.quant import QuantTuneError
@@ -100,14 +100,46 @@ def test_settings_of_a_configuration_file(options, match, folder):
         read("dog", **options)
 
 
-def test_shapes(folder):
-    picture(folder / "wide.png", (400, 100))
-    picture(folder / "tall.png", (90, 120))
-    tall, wide = read("dog", fit="keep shape", resolution=128).images.images
-    assert wide.shape[1] > wide.shape[0] and tall.shape[0] > tall.shape[1]
-    for p in (tall, wide):
-        assert p.shape[0] % 8 == 0 and p.shape[1] % 8 == 0
-        assert 0.7 < p.shape[0] * p.shape[1] / 128**2 < 1.3
+def test_keep_shape_is_the_nearest_bucket_with_the_middle_kept(folder):
+    picture(folder / "c.png", (120, 90))
+    strip = Image.new("RGB", (400, 100), "black")
+    strip.paste("white", (150, 0, 250, 100))
+    strip.save(folder / "a.png")
+    picture(folder / "b.png", (90, 120))
+    picture(folder / "d.png", (9, 9000))
+    found = read("dog", fit="keep shape", resolution=128).images.images
+    assert [tuple(p.shape[1::-1]) for p in found] == [(200, 80), (112, 144), (144, 112), (80, 200)]
+    assert found[0][:, 80:120].min() > 0.9 and found[0][:, :30].max() < 0.1
+
+
+def test_the_report_counts_buckets_and_what_was_left_out(folder):
+    from quanttune.host.images import report
+
+    for i in range(3):
+        picture(folder / f"a{i}.png", (40, 40))
+    picture(folder / "b.png", (40, 80))
+    assert report(read("dog").images) == "4 images"
+    lines = report(read("dog", fit="keep shape", resolution=512).images, ["x was left out"] * 23)
+    lines = lines.splitlines()
+    assert lines[:2] == ["4 images", "buckets: 512x512: 3, 320x768: 1"]
+    assert "they repeat in it" in lines[2]
+    assert lines[3:] == ["x was left out"] * 20 + ["and 3 more were left out"]
+
+
+def test_the_contact_sheet_shows_whole_pictures(folder):
+    from quanttune.host.images import contact_sheet
+
+    picture(folder / "a.png", (200, 80), (255, 0, 0))
+    picture(folder / "b.png", (80, 200), (0, 0, 255))
+    found = read("dog", fit="keep shape", resolution=128).images
+    sheet = np.asarray(contact_sheet(found), int)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1] < 60)
+    blue = (sheet[..., 2] > 200) & (sheet[..., 1] < 60)
+    for mask, wide in ((red, True), (blue, False)):
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        ratio = np.ptp(columns) / np.ptp(rows)
+        assert (ratio if wide else 1 / ratio) > 2
+    assert "a sks dog" in found.captions
 
 
 def test_unreadable_ones_among_good_are_left_out_and_named(folder):
@@ -166,6 +198,40 @@ def test_batches_from_the_graph():
     batch[0, 0, 0, 0] = float("nan")
     with pytest.raises(QuantTuneError, match="NaN"):
         from_batch(batch, "x", 64, "centre crop")
+
+
+def test_a_limit_takes_the_first_that_can_be_read(folder):
+    (folder / "a.png").write_text("no picture")
+    for name, colour in (("b.png", "red"), ("c.png", "lime"), ("d.png", "blue")):
+        picture(folder / name, colour=colour)
+    found = read("dog", limit=2)
+    assert [p.mean((0, 1)).argmax().item() for p in found.images.images] == [0, 1]
+    assert len(found.warnings) == 1 and len(read("dog", limit=9).images.images) == 3
+
+
+def test_more_pictures_than_memory_holds(folder, monkeypatch):
+    from quanttune.host import images
+    from quanttune.quant import QuantTuneError
+
+    for i in range(5):
+        picture(folder / f"{i}.png")
+    monkeypatch.setattr(images, "free_memory", lambda: 3 * 64 * 64 * 3 * 4 / images.ROOM)
+    assert len(read("dog", limit=3).images.images) == 3
+    with pytest.raises(QuantTuneError, match="'dog' do not fit into memory: the first 4 take .* "
+                                             "GiB; set a limit"):
+        read("dog")
+
+
+def test_reading_can_be_interrupted(folder):
+    from comfy.model_management import (
+        InterruptProcessingException,
+        interrupt_current_processing,
+    )
+
+    picture(folder / "a.png")
+    interrupt_current_processing()
+    with pytest.raises(InterruptProcessingException):
+        read("dog")
 
 
 def test_the_state_of_a_folder_follows_its_files(folder):
