@@ -88,8 +88,8 @@ def prepare(diffusion_model, layers: dict, mode: Int8Mode | None, device: torch.
 
 
 def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:
-    source = (module.weight, *module.weight_function, module.bias, *module.bias_function,
-              mode.granularity)
+    source = (module.weight, *module.weight_function, module.low_rank, module.bias,
+              *module.bias_function, mode.granularity)
     known = module.int8_ready
     if known is None or not _same(known[0], source):
         # First what was there, so that a card need not hold both.
@@ -116,8 +116,8 @@ def _make(module, mode: Int8Mode) -> _Ready | None:
     backend, _ = backend_for(module)
     if backend is None:
         return None
-    packed = unwrap(module.weight)
-    if patches:
+    packed = unwrap(module.weight, module.low_rank)
+    if patches or module.low_rank is not None:
         packed = _patched(packed, patches)
     return integer_product(module, packed, backend, mode.granularity)
 

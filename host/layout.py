@@ -8,7 +8,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout
 
-from ..quant import QuantizedWeight, QuantSpec, QuantTuneError
+from ..quant import LowRank, QuantizedWeight, QuantSpec, QuantTuneError
 
 LAYOUT_NAME = "QuantTuneUniformLayout"
 
@@ -73,10 +73,11 @@ class UniformLayout(QuantizedLayout):
 register_layout_class(LAYOUT_NAME, UniformLayout)
 
 
-def _weight(qdata: torch.Tensor, params: UniformLayout.Params) -> QuantizedWeight:
+def _weight(qdata: torch.Tensor, params: UniformLayout.Params,
+            low_rank: LowRank | None = None) -> QuantizedWeight:
     return QuantizedWeight(packed=qdata, scale=params.scale, zero_point=params.zero_point,
                            bits=params.bits, shape=tuple(params.orig_shape), split=params.split,
-                           symmetric=params.symmetric)
+                           symmetric=params.symmetric, low_rank=low_rank)
 
 
 def wrap(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedTensor:
@@ -89,6 +90,9 @@ def is_uniform(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
 
 
-def unwrap(tensor: QuantizedTensor) -> QuantizedWeight:
-    """The packed weight inside a host tensor of this layout; shares its memory."""
-    return _weight(tensor._qdata, tensor._params)
+def unwrap(tensor: QuantizedTensor, low_rank: LowRank | None = None) -> QuantizedWeight:
+    """The packed weight inside a host tensor of this layout, which shares its memory.
+
+    ``low_rank`` is what a LoRA adds to it, if any.
+    """
+    return _weight(tensor._qdata, tensor._params, low_rank)

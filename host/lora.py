@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.utils
+import torch
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
+from comfy.weight_adapter import LoRAAdapter
 
+from ..quant import LowRank
 from .layout import is_uniform
 from .ops import scaled_layers
 
@@ -17,8 +22,9 @@ def keep_integers_under_patches(patcher) -> None:
 
     The host bakes patches into the weights of a fully loaded model, which for integers means
     either another rounding or a float copy. After each load, every baked layer gets its integers
-    back and the patch as a weight function: exactly what the host itself does for the layers of
-    a partially loaded model.
+    back. Plain LoRAs, however many, become one low-rank term of the layer (`quant.LowRank`), which
+    costs next to nothing. Any other patch (DoRA, LoHa, a merge) becomes a weight function: exactly
+    what the host itself does for the layers of a partially loaded model.
     """
     patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
@@ -33,17 +39,23 @@ def _is_patch(function) -> bool:
 class _Functions(list):
     """Weight functions of a layer, at most one of them the host's patch, which acts first.
 
-    The host appends its patch again when it unloads a layer that has one already.
+    The host appends its patch again when it unloads a layer that has one already, also where a
+    low-rank term stands for it (``replaced``).
     """
 
+    def __init__(self, functions, replaced: bool):
+        super().__init__(functions)
+        self.replaced = replaced
+
     def append(self, function):
-        if _is_patch(function):
-            self[:] = [function, *(f for f in self if not _is_patch(f))]
-        else:
+        if not _is_patch(function):
             super().append(function)
+        elif not self.replaced:
+            self[:] = [function, *(f for f in self if not _is_patch(f))]
 
 
 def _unbake(patcher, device_to, *_):
+    device = device_to or patcher.load_device
     for name, module in scaled_layers(patcher.model).items():
         key = f"{name}.weight"
         baked = key in patcher.backup
@@ -58,9 +70,53 @@ def _unbake(patcher, device_to, *_):
             # Dynamic VRAM would write the patched weight back, rounded, over the integers.
             module.weight_lowvram_function = None
         rest = [f for f in module.weight_function if not _is_patch(f)]
-        patch = [LowVramPatch(key, patcher.patches)] if key in patcher.patches else []
-        module.weight_function = _Functions([*patch, *rest])
+        patches = patcher.patches.get(key, [])
+        # What wraps a weight wants to see it patched.
+        terms = None if rest else _plain_loras(patches, original.shape)
+        _set_low_rank(module, patches if terms else [], terms, device)
+        patch = [LowVramPatch(key, patcher.patches)] if patches and terms is None else []
+        module.weight_function = _Functions([*patch, *rest], terms is not None)
         module.quanttune_unbaked = True
+
+
+def _plain_loras(patches, shape) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
+    """``(up, down, factor)`` of each patch of a weight of ``shape``; None unless all are LoRAs
+    that do nothing but add ``factor * up @ down``."""
+    terms = []
+    for strength, adapter, model_strength, offset, function, *_ in patches:
+        if type(adapter) is not LoRAAdapter or model_strength != 1.0:
+            return None
+        up, down, alpha, *special = adapter.weights
+        # A Tucker core, DoRA's magnitudes, another shape of the weight.
+        if offset is not None or function is not None or any(s is not None for s in special):
+            return None
+        factor = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
+        if (up.shape[0] != shape[0] or up[0].numel() != down.shape[0]
+                or down[0].numel() != math.prod(shape[1:])):
+            return None
+        if not math.isfinite(factor) or not all(_finite(t) for t in (up, down)):
+            return None
+        if factor:
+            terms.append((up, down, factor))
+    return terms
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
+
+
+def _set_low_rank(module, patches: list, terms: list | None, device: torch.device) -> None:
+    """Give a layer the low-rank term of ``terms``; the one it has if that is of the same patches.
+
+    The host loads a model anew before every sampling unless all of it stayed in place.
+    """
+    source = (device, module.weight.dtype, *patches)
+    known = module.__dict__.get("quanttune_low_rank_source", ())
+    if len(known) == len(source) and known[:2] == source[:2] and all(
+            a is b for a, b in zip(known[2:], source[2:])):
+        return
+    module.low_rank = LowRank.join(terms, module.weight.dtype, device) if terms else None
+    module.quanttune_low_rank_source = source
 
 
 def _forget(patcher, unpatch_all):
@@ -69,4 +125,5 @@ def _forget(patcher, unpatch_all):
     for module in patcher.model.modules():
         if getattr(module, "quanttune_unbaked", False):
             module.weight_function = []
-            del module.quanttune_unbaked
+            module.low_rank = None
+            del module.quanttune_unbaked, module.quanttune_low_rank_source

@@ -20,6 +20,8 @@ class _ScaledOp:
 
     comfy_cast_weights = True
     active_scales = None
+    low_rank = None
+    """What LoRAs add to a packed weight, a `quant.LowRank` (``host.lora``)."""
     int8 = None
     """``int8(input, scales)`` when this forward multiplies integers (``host.int8``)."""
     int8_ready = None
@@ -133,8 +135,10 @@ class _ScaledOp:
             self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
             offloadable=True, compute_dtype=input.dtype)
         if is_uniform(weight):
-            output = self._packed_forward(input, unwrap(weight), bias)
+            output = self._packed_forward(input, unwrap(weight, self.low_rank), bias)
         else:
+            if self.low_rank is not None:  # something else asked for a float weight
+                weight = self.low_rank.added_to(weight)
             output = self._float_forward(input, weight.to(input.dtype), bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
         return output

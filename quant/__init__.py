@@ -27,6 +27,7 @@ from .layers import (
     scale_shapes,
     shortcut_splits,
 )
+from .low_rank import LowRank
 from .packing import pack, packed_shape, unpack
 from .quantizer import choose_qparams, dequantize_codes, quantize_codes
 from .scale_file import load_scale_set, save_scale_set
@@ -40,6 +41,7 @@ __all__ = [
     "SUPPORTED_BITS",
     "WEIGHTS",
     "LayerScales",
+    "LowRank",
     "QuantSpec",
     "QuantTuneError",
     "QuantizedCheckpoint",

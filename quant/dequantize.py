@@ -3,7 +3,7 @@
 On CPU the work is done in blocks that stay in the L2 cache: unpack to bytes, convert to float32,
 subtract the zero point, multiply by the scale, and only then leave the cache. Half precision
 buffers are filled from the float32 block, which is both faster and better rounded than half
-precision arithmetic.
+precision arithmetic. A low-rank term is added in the same block, without another pass over memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .low_rank import LowRank
 from .packing import fold_factor, folded_codes, unpack
 from .scratch import ScratchPool
 
@@ -32,8 +33,11 @@ def dequantize_into(
     split: int | None = None,
     r_out: Tensor | None = None,
     s_in: Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """Fill ``out`` with ``r_out * scale * (q - zero_point) * s_in``. Not differentiable.
+    """Fill ``out`` with ``r_out * (scale * (q - zero_point) + low_rank) * s_in``.
+
+    Not differentiable.
 
     Args:
         out: contiguous float32, bfloat16 or float16 buffer of the weight's logical shape
@@ -45,6 +49,7 @@ def dequantize_into(
         r_out: ``[out, P]`` float32 multipliers of the scale, or None for ones.
         s_in: ``[in]`` float32 input scales, or None for ones. In a grouped convolution ``in`` is
             groups times the weight's second dimension.
+        low_rank: a term that is added to the weight, or None.
 
     Returns:
         ``out``.
@@ -52,17 +57,19 @@ def dequantize_into(
     with torch.no_grad():
         rows = out.shape[0]
         columns = out.numel() // rows
+        parts = _column_parts(out, split)
+        terms = [] if low_rank is None else _terms(low_rank, r_out, parts, out.device)
         if r_out is not None:
             scale = scale * r_out
-        parts = _column_parts(out, split)
         column_scale = None if s_in is None else _column_scale(s_in, out)
         folded = fold_factor(rows, columns, bits) * columns
         unpadded = folded == folded_codes(rows, columns, bits)
         # A compiler fuses the plain form into one pass of its own.
         if out.device.type == "cpu" and unpadded and not torch.compiler.is_compiling():
-            return _fill_blocks(out, packed, scale, zero_point, bits, parts, column_scale)
+            return _fill_blocks(out, packed, scale, zero_point, bits, parts, column_scale, terms)
         values = unpack(packed, bits, rows, columns).float()
         _affine(values, scale, zero_point, parts)
+        _add(values, terms, slice(0, rows))
         if column_scale is not None:
             _scale_columns(values, column_scale, slice(0, rows), rows)
         return out.copy_(values.view(out.shape))
@@ -89,6 +96,25 @@ def _affine(values: Tensor, scale: Tensor, zero_point: Tensor, parts: list[slice
         part.sub_(zero_point[:, index, None]).mul_(scale[:, index, None])
 
 
+def _terms(
+    low_rank: LowRank, r_out: Tensor | None, parts: list[slice], device: torch.device
+) -> list[tuple[slice, Tensor, Tensor]]:
+    """Columns of the weight matrix and the factors, float32, of what is added to them."""
+    whole = low_rank.to(device, torch.float32)
+    if r_out is None:
+        return [(slice(None), whole.up, whole.down)]
+    return [
+        (columns, whole.up * r_out[:, index, None], whole.down[:, columns])
+        for index, columns in enumerate(parts)
+    ]
+
+
+def _add(values: Tensor, terms: list[tuple[slice, Tensor, Tensor]], block: slice) -> None:
+    """Add the low-rank ``terms`` to the rows ``block`` of a weight matrix, in place."""
+    for columns, up, down in terms:
+        values[:, columns].addmm_(up[block], down)
+
+
 def _scale_columns(values: Tensor, column_scale: Tensor, block: slice, rows: int) -> None:
     """Multiply the rows ``block`` of a weight matrix by their group's column scales, in place."""
     groups = column_scale.shape[0]
@@ -106,6 +132,7 @@ def _fill_blocks(
     bits: int,
     parts: list[slice],
     column_scale: Tensor | None,
+    terms: list[tuple[slice, Tensor, Tensor]],
 ) -> Tensor:
     """The CPU path of `dequantize_into`, block by block."""
     rows = out.shape[0]
@@ -134,9 +161,11 @@ def _fill_blocks(
             values.mul_(block_scale)
         else:
             _affine(values, block_scale, block_zero, parts)
+        start = index * step * fold
+        block = slice(start, start + target.shape[0])
+        _add(values, terms, block)
         if column_scale is not None:
-            start = index * step * fold
-            _scale_columns(values, column_scale, slice(start, start + target.shape[0]), rows)
+            _scale_columns(values, column_scale, block, rows)
         if values is not target:
             target.copy_(values)
     return out

@@ -1,12 +1,14 @@
 """Linear and convolution with a quantized weight and per-sample scales (eq. 5).
 
 ``y = sum_p r_out_p * f_p(x_p * s_in_p) + b``, where ``f`` is the frozen layer without its bias and
-``p`` runs over the one or two parts that the layer's input channels were quantized in.
+``p`` runs over the one or two parts that the layer's input channels were quantized in. A LoRA's
+low-rank term belongs to ``f``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import LinearProduct, conv2d_product, scaled_product
-from .dequantize import dequantize_into
 from .errors import QuantTuneError
+from .low_rank import LowRank
 from .scales import LayerScales
 from .scratch import WEIGHTS
 from .weight import QuantizedWeight
@@ -48,7 +50,8 @@ def linear(
     if _trains(x, scales, bias):
         _check(qweight, scales, 1, x)
         return scaled_product(x, qweight, bias, scales, LinearProduct())
-    return _quantized(x, F.linear, LINEAR_CHANNELS, qweight, bias, scales, groups=1)
+    positions = x.numel() // x.shape[-1]
+    return _quantized(x, F.linear, LINEAR_CHANNELS, qweight, bias, scales, 1, positions)
 
 
 def conv2d(
@@ -68,7 +71,9 @@ def conv2d(
             _check(qweight, scales, groups, x)
             return scaled_product(x, qweight, bias, scales, closed)
     product = partial(_conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    return _quantized(x, product, CONV2D_CHANNELS, qweight, bias, scales, groups)
+    strides = stride**2 if isinstance(stride, int) else stride[0] * stride[1]
+    positions = x.numel() // (x.shape[CONV2D_CHANNELS] * strides)
+    return _quantized(x, product, CONV2D_CHANNELS, qweight, bias, scales, groups, positions)
 
 
 def scaled_linear(
@@ -167,9 +172,19 @@ def _quantized(
     bias: Tensor | None,
     scales: LayerScales | None,
     groups: int,
+    positions: int,
 ) -> Tensor:
-    """Dequantize into a buffer, with whatever scales can be folded in, and run ``product``."""
+    """Dequantize into a buffer, with whatever scales can be folded in, and run ``product``.
+
+    ``positions`` is how many vectors of inputs the layer multiplies: tokens or output pixels.
+    """
     _check(qweight, scales, groups, x)
+    beside = None
+    vectors = () if scales is None else (scales.r_out, scales.s_in)
+    if qweight.low_rank is not None and qweight.split is None and groups == 1:
+        if qweight.low_rank.cheaper_beside(positions) and not _wants_grad(x, bias, *vectors):
+            beside = qweight.low_rank
+            qweight = replace(qweight, low_rank=None)
     r_out = s_in = None
     if scales is not None:
         if scales.rows == 1 and not _wants_grad(scales.r_out, scales.s_in):
@@ -184,8 +199,37 @@ def _quantized(
                     x = x * per_sample(scales.s_in, x, channel_dim)
             scales = None
     weight = dequantize_weight(qweight, x, scales, r_out, s_in)
+    if beside is not None:
+        beside = _folded(beside, qweight.shape, r_out, s_in).to(x.device, x.dtype)
+        product = partial(_both, product, beside, channel_dim)
     bias = None if bias is None else bias.to(x.dtype)
     return apply_scales(x, product, channel_dim, weight, bias, scales, qweight.split)
+
+
+def _folded(
+    low_rank: LowRank, shape: tuple[int, ...], r_out: Tensor | None, s_in: Tensor | None
+) -> LowRank:
+    """``low_rank`` with the scales that the weight of ``shape`` has folded in."""
+    if s_in is not None:
+        s_in = s_in.repeat_interleave(low_rank.down.shape[1] // shape[1])
+    return low_rank.scaled(None if r_out is None else r_out[:, 0], s_in)
+
+
+def _both(
+    product: Product,
+    low_rank: LowRank,
+    channel_dim: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``product`` of the weight and of a low-rank term beside it."""
+    y = product(x, weight, bias)
+    hidden = product(x, low_rank.down.view(-1, *weight.shape[1:]), None)
+    if channel_dim == LINEAR_CHANNELS:
+        y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, low_rank.rank), low_rank.up.t())
+        return y
+    return y.add_(F.conv2d(hidden, low_rank.up[:, :, None, None]))
 
 
 def dequantize_weight(
@@ -210,16 +254,7 @@ def dequantize_weight(
             out = torch.empty(qweight.shape, dtype=x.dtype, device=qweight.device)
     else:
         out = WEIGHTS.get(qweight.shape, x.dtype, qweight.device)
-    return dequantize_into(
-        out,
-        qweight.packed,
-        qweight.scale,
-        qweight.zero_point,
-        qweight.bits,
-        qweight.split,
-        r_out,
-        s_in,
-    )
+    return qweight.dequantize(r_out=r_out, s_in=s_in, out=out)
 
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import quantizer
 from .dequantize import dequantize_into
 from .errors import QuantTuneError
+from .low_rank import LowRank
 from .packing import pack, unpack
 from .spec import QuantSpec
 
@@ -39,6 +40,8 @@ class QuantizedWeight:
         split: number of input channels in the first part, or None. Each part has its own scale and
             zero point, as Q-Diffusion quantizes the shortcuts that join two feature maps.
         symmetric: whether the zero point is fixed at ``2**(bits - 1)``.
+        low_rank: what a LoRA adds to the weight, or None. It is no part of the integers: it counts
+            wherever a float weight is made or multiplied, and nowhere else.
     """
 
     packed: Tensor
@@ -48,6 +51,7 @@ class QuantizedWeight:
     shape: tuple[int, ...]
     split: int | None = None
     symmetric: bool = False
+    low_rank: LowRank | None = None
 
     @classmethod
     def quantize(cls, weight: Tensor, spec: QuantSpec, split: int | None = None) -> QuantizedWeight:
@@ -111,7 +115,7 @@ class QuantizedWeight:
         s_in: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The float weight ``r_out * scale * (q - zero_point) * s_in`` in its logical shape.
+        """The float weight ``r_out * (scale * (q - zero_point) + low_rank) * s_in``.
 
         Args:
             dtype: of the result; ignored when ``out`` is given.
@@ -122,13 +126,26 @@ class QuantizedWeight:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         return dequantize_into(
-            out, self.packed, self.scale, self.zero_point, self.bits, self.split, r_out, s_in
+            out,
+            self.packed,
+            self.scale,
+            self.zero_point,
+            self.bits,
+            self.split,
+            r_out,
+            s_in,
+            self.low_rank,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantizedWeight:
         """The same weight on another device."""
         moved = [t.to(device, non_blocking=non_blocking) for t in self._tensors()]
-        return replace(self, packed=moved[0], scale=moved[1], zero_point=moved[2])
+        low_rank = self.low_rank
+        if low_rank is not None:
+            low_rank = low_rank.to(device, low_rank.up.dtype)
+        return replace(
+            self, packed=moved[0], scale=moved[1], zero_point=moved[2], low_rank=low_rank
+        )
 
     def error(self, weight: Tensor) -> float:
         """Relative Frobenius error against the float ``weight``; 0 for an all-zero weight."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from quanttune.quant import LayerScales, QuantizedWeight, QuantSpec, ScaleSet, scale_shape
+from quanttune.quant import LayerScales, LowRank, QuantizedWeight, QuantSpec, ScaleSet, scale_shape
 
 
 def relative(actual, expected):
@@ -12,7 +12,7 @@ def relative(actual, expected):
 
 
 def materialise(qweight, r_out=None, s_in=None):
-    """Eq. 5 as written, in float64: ``r_out * scale * (q - z) * s_in``.
+    """Eq. 5 as written, in float64: ``r_out * (scale * (q - z) + up @ down) * s_in``.
 
     ``r_out`` is ``[P * out]`` part by part, ``s_in`` is ``[in]`` over all groups.
     """
@@ -23,10 +23,14 @@ def materialise(qweight, r_out=None, s_in=None):
     column = (-1,) + (1,) * (len(shape) - 1)
     for part, (start, stop) in enumerate(zip(borders, borders[1:])):
         scale = qweight.scale[:, part].double()
-        if r_out is not None:
-            scale = scale * r_out.double().view(len(borders) - 1, -1)[part]
         zero = qweight.zero_point[:, part].double()
-        weight[:, start:stop] = (q[:, start:stop] - zero.view(column)) * scale.view(column)
+        values = (q[:, start:stop] - zero.view(column)) * scale.view(column)
+        if qweight.low_rank is not None:
+            term = qweight.low_rank.up.double() @ qweight.low_rank.down.double()
+            values += term.view(shape)[:, start:stop]
+        if r_out is not None:
+            values *= r_out.double().view(len(borders) - 1, -1)[part].view(column)
+        weight[:, start:stop] = values
     if s_in is not None:
         groups = s_in.numel() // shape[1]
         rows = shape[0] // groups
@@ -36,10 +40,16 @@ def materialise(qweight, r_out=None, s_in=None):
     return weight
 
 
-def random_weight(shape, bits=4, split=None, symmetric=False, seed=0):
-    """A quantized normal weight."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return QuantizedWeight.quantize(weight, QuantSpec(bits, symmetric), split)
+def random_weight(shape, bits=4, split=None, symmetric=False, seed=0, rank=0):
+    """A quantized normal weight, with a low-rank term of half its size if ``rank`` is not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    qweight = QuantizedWeight.quantize(weight, QuantSpec(bits, symmetric), split)
+    if rank:
+        up = torch.randn(shape[0], rank, generator=generator)
+        down = torch.randn(rank, weight[0].numel(), generator=generator)
+        qweight.low_rank = LowRank.join([(up, down, 0.5 / rank**0.5)])
+    return qweight
 
 
 def random_scales(qweight, rows, groups=1, with_s_in=True, seed=1):
