@@ -34,5 +34,6 @@ class QuantTuneExtension(ComfyExtension):
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
                 LoraTrain, AugmentImages, WeightChangeMap, DynamicInt8, SaveForStock,
-                CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel, CheckQuantizedModel,
-                CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode, SaveReport]
+                CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel,
+                CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode,
+                SaveReport]

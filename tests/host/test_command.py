@@ -1,4 +1,4 @@
-"""`python -m quanttune train-scales`: configuration files and a run."""
+"""`python -m quanttune train-scales` and `train-lora`: configuration files and a run."""
 
 import os
 import re
@@ -29,8 +29,8 @@ scales = "{folder}/out.safetensors"
 """
 
 
-def run(path):
-    return subprocess.run([sys.executable, "-m", "quanttune", "train-scales", str(path)],
+def run(path, command="train-scales"):
+    return subprocess.run([sys.executable, "-m", "quanttune", command, str(path)],
                           capture_output=True, text=True, timeout=300,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
@@ -52,6 +52,61 @@ def test_a_run_writes_scales_and_says_so_again_when_it_is_done(tmp_path):
     again = run(path)
     assert again.returncode == 0 and "step 1/" not in again.stdout
     assert (tmp_path / "out.safetensors").read_bytes() == before
+
+
+LORA = """
+[base]
+starter = true
+{base}
+device = "cpu"
+[[images]]
+folder = "starter: pip"
+resolution = 128
+[training]
+epochs = 2
+rank = 4
+batch_size = 3
+checkpointing = false
+[output]
+folder = "{folder}/run"
+lora = "{folder}/out.safetensors"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bits = 4", "nf4 = true", ""], ids=["4 bits", "NF4", "float"])
+def test_a_lora_run_writes_a_file_and_goes_on_from_it(base, tmp_path, comfy_inprocess):
+    from quanttune.host.lora_file import read_lora
+
+    path = tmp_path / "config.toml"
+    path.write_text(LORA.format(folder=tmp_path.as_posix(), base=base))
+    done = run(path, "train-lora")
+    assert done.returncode == 0, done.stderr
+    assert "step 4/4" in done.stdout and "4 of 4 steps" in done.stdout
+    lora = read_lora(tmp_path / "out.safetensors")
+    assert lora.metadata["ss_steps"] == "4" and lora.metadata["ss_network_dim"] == "4"
+    before = (tmp_path / "out.safetensors").read_bytes()
+    again = run(path, "train-lora")
+    assert again.returncode == 0 and "step 1/" not in again.stdout
+    assert read_lora(tmp_path / "out.safetensors").keys() == lora.keys()
+    first = (tmp_path / "out.safetensors").as_posix()
+    (tmp_path / "next").mkdir()
+    path.write_text(LORA.format(folder=(tmp_path / "next").as_posix(),
+                                base=f'{base}\nlora = "{first}"'))
+    assert run(path, "train-lora").returncode == 0
+    assert (tmp_path / "next" / "out.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("text,match", [
+    ("[training]\nepochs='2'", "epochs = '2'"), ("[training]\nnum_experts=2", "num_experts"),
+    ("[training]\nrank=0", "rank is 0"),
+])
+def test_bad_lora_settings(text, match, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(f"[base]\nstarter=true\n[[images]]\nfolder='x'\n[output]\n{text}\n")
+    done = run(path, "train-lora")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert match in done.stderr
 
 
 BAD = {
