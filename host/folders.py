@@ -13,6 +13,7 @@ from ..quant import QuantTuneError
 UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
 METRICS_FOLDER = "quanttune_metrics"
+LORA_FOLDER = "loras"
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -21,7 +22,7 @@ def register_folders() -> None:
 
     ``models/quanttune`` holds quantized UNets (so do ``models/diffusion_models`` and
     ``models/unet``), ``models/quanttune_scales`` scale sets. Files that the save nodes write to
-    the output folder, and those that ship with the pack, are found too.
+    the output folder, and those that ship with the pack (LoRAs among them), are found too.
     ``models/quanttune_metrics`` holds networks that measure.
     """
     for folder in ("quanttune", SCALES_FOLDER):
@@ -30,6 +31,7 @@ def register_folders() -> None:
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+    folder_paths.add_model_folder_path(LORA_FOLDER, str(STARTER / LORA_FOLDER))
     folder_paths.add_model_folder_path(METRICS_FOLDER,
                                        os.path.join(folder_paths.models_dir, METRICS_FOLDER))
     folder_paths.folder_names_and_paths[METRICS_FOLDER][1].update(NETWORK_SUFFIXES)
@@ -48,6 +50,11 @@ def scale_files() -> list[str]:
 def metric_files() -> list[str]:
     """Names of the files that may be a backbone of LPIPS."""
     return _files((METRICS_FOLDER,), NETWORK_SUFFIXES)
+
+
+def lora_files() -> list[str]:
+    """Names of the files that may be LoRAs, of ComfyUI's own folder."""
+    return _files((LORA_FOLDER,))
 
 
 def _files(folders, suffixes=(".safetensors",)) -> list[str]:
@@ -71,6 +78,11 @@ def scales_path(name: str) -> str:
 def metric_path(name: str) -> str:
     """Full path of a backbone of LPIPS by its listed name."""
     return _find((METRICS_FOLDER,), name, "models/quanttune_metrics")
+
+
+def lora_path(name: str) -> str:
+    """Full path of a LoRA by its listed name."""
+    return _find((LORA_FOLDER,), name, "models/loras")
 
 
 def _find(folders, name, where) -> str:

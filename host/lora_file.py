@@ -15,8 +15,9 @@ from torch import Tensor
 from ..quant import QuantTuneError
 from ..quant.safe_file import read_with_strings, write_safetensors
 from ..training.lora_layer import LoraLayer
+from .folders import output_path
 from .lora_fit import check_tensors, fit_lora
-from .lora_keys import ALPHA, DOWN, KOHYA, MAGNITUDE, UP, file_names
+from .lora_keys import ALPHA, DOWN, KOHYA, MAGNITUDE, UP, by_layer, file_names
 from .lora_metadata import describe, on_saving
 from .lora_peft import CONFIG_FILE, CONFIG_KEY, WRAPPER
 
@@ -205,6 +206,24 @@ def save_lora(path: str | os.PathLike[str], lora: Mapping[str, Tensor],
     texts, own = on_saving(getattr(lora, "metadata", {}), tensors, path)
     write_safetensors(path, tensors, own, strings=texts)
     return path
+
+
+def save_to_output(lora: Mapping[str, Tensor], prefix: str, dtype: str) -> tuple[str, str]:
+    """Write a LoRA into the output folder under a new numbered name.
+
+    Args:
+        lora, dtype: as `save_lora`, the latter a key of `DTYPES`.
+        prefix: of the name; files under ``loras/`` appear in ComfyUI's *Load LoRA*.
+
+    Returns:
+        ``(path, summary)``.
+    """
+    if dtype not in DTYPES:
+        raise QuantTuneError(f"dtype is '{dtype}', but it has to be one of {', '.join(DTYPES)}.")
+    path = save_lora(output_path(prefix, example="loras/my_subject"), lora, DTYPES[dtype])
+    layers = sum(len({DOWN, UP} & roles.keys()) == 2 for roles in by_layer(lora).values())
+    return str(path), (f"Saved {path} ({os.path.getsize(path) / 2**20:.2f} MiB), {layers} layers "
+                       f"in {dtype}")
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:

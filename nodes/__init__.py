@@ -10,6 +10,7 @@ from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .int8 import DynamicInt8
 from .layer_times import LayerTimesNode
+from .lora import LoadLora, MergeLora, SaveLora
 from .lora_train import LoraTrain
 from .pareto import ParetoFront
 from .quality import CompareImages, ImageSetQuality
@@ -33,7 +34,7 @@ class QuantTuneExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,
                 LoadScales, SaveScales, TrainingImagesNode, ClassImagesNode, TrainScales,
-                LoraTrain, AugmentImages, WeightChangeMap, DynamicInt8, SaveForStock,
-                CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode, BenchmarkModel,
-                CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront, LayerTimesNode,
-                SaveReport]
+                LoraTrain, LoadLora, SaveLora, MergeLora, AugmentImages, WeightChangeMap,
+                DynamicInt8, SaveForStock, CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode,
+                BenchmarkModel, CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront,
+                LayerTimesNode, SaveReport]

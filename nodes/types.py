@@ -9,4 +9,4 @@ SENSITIVITY = io.Custom("QUANTTUNE_SENSITIVITY")
 LAYER_TIMES = io.Custom("QUANTTUNE_LAYER_TIMES")
 """A ``metrics.layer_times.LayerTimes``."""
 LORA_MODEL = io.Custom("LORA_MODEL")
-"""The host's own kind of LoRA between nodes: tensors by the names of stock files."""
+"""The host's own: names and tensors of a LoRA; from our nodes a ``host.lora_file.LoraWeights``."""

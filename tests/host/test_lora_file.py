@@ -86,6 +86,64 @@ def test_the_name_that_the_readme_of_kohya_has():
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha" in lora
 
 
+def test_diffusers_reads_every_layer_of_ours(tmp_path):
+    """By its own converter of kohya's files, into its own UNet."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    from quanttune.host.lora_file import save_lora
+
+    model = models.small_model()
+    every = tuple(name for name, module in model.model.diffusion_model.named_modules()
+                  if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)))
+    layers, lora = exported(model, include=every)
+    path = save_lora(tmp_path / "x.safetensors", lora)
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(path))
+    assert len(state) == 2 * len(layers) == 2 * len(every)
+    with torch.inference_mode(False):
+        unet = lora_models.diffusers_unet(model)
+        StableDiffusionLoraLoaderMixin.load_lora_into_unet(dict(state), alphas, unet)
+    arguments = models.inputs(model)
+    expected = models.forward(lora_models.with_deltas(model, layers), arguments)
+    assert models.relative(lora_models.answer(unet, arguments), expected) < 5e-6
+
+
+def test_diffusers_reads_ours_of_an_sdxl(tmp_path):
+    """Its converter has a map of its own from a checkpoint's names."""
+    from types import SimpleNamespace
+
+    import comfy.utils
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    from quanttune.host.lora_file import save_lora
+
+    model = models.small_model("SDXL")
+    layers, lora = exported(model, include=("attn1.to_q", "attn2.to_k", "to_out.0", "ff.net.2",
+                                            "proj_in", "in_layers.2", "skip_connection"))
+    path = save_lora(tmp_path / "x.safetensors", lora)
+    state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+        str(path), unet_config=SimpleNamespace(layers_per_block=1))
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    found = {}
+    for key, tensor in state.items():
+        if match := re.fullmatch(r"unet\.(.+?)(?:_lora|\.lora)\.down\.weight", key):
+            name = match[1].replace(".processor", "")
+            own = names.get(f"{name}.weight") or names[f"{name}.0.weight"]
+            found[f"diffusion_model.{own.removesuffix('.weight')}"] = tensor
+    assert found.keys() == layers.keys()
+    assert all(torch.equal(found[name], layer.down) for name, layer in layers.items())
+
+
+def test_a_quantized_model_reads_and_writes_the_same(tmp_path):
+    from quanttune.host.lora_file import export_lora, import_lora
+
+    model = models.small_model()
+    quantized, _ = models.quantize(model)
+    layers, lora = exported(model)
+    again = export_lora(layers, quantized)
+    assert again.keys() == lora.keys() and again.metadata == lora.metadata
+    assert_same(import_lora(lora, quantized), layers)
+
+
 def test_text_encoders_one_and_two(clip, caplog):
     import comfy.sd
 
