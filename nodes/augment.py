@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..training.augment import Augmentation, augmented
+from ..host.augment import augment
+from ..training.augment import Augmentation
 from .training_images import Images, shown
 
 
@@ -51,5 +52,5 @@ class AugmentImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, copies, flip, crop, colour, seed) -> io.NodeOutput:
-        found = augmented(images, Augmentation(copies, flip, crop, colour, seed))
+        found = augment(images, Augmentation(copies, flip, crop, colour, seed))
         return shown(cls, found, columns=max(2, min(copies, 8)))

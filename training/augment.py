@@ -6,6 +6,7 @@ in every epoch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,12 @@ class Augmentation:
                                      f"has to be from {low} to {high}.")
 
 
-def augmented(images: TrainingImages, how: Augmentation) -> TrainingImages:
+def augmented(images: TrainingImages, how: Augmentation,
+              watch: Callable[[int], None] = lambda done: None) -> TrainingImages:
     """Each picture followed by its variants; class images once and as they are.
 
-    Raises QuantTuneError when the copies would not fit into memory.
+    ``watch`` is told after each picture how many are done, and may end it by an exception. Raises
+    QuantTuneError when the copies would not fit into memory.
     """
     needed = (how.copies - 1) * sum(p.nbytes for p, prior in zip(images.images, images.prior)
                                     if not prior)
@@ -66,6 +69,7 @@ def augmented(images: TrainingImages, how: Augmentation) -> TrainingImages:
         for copy in range(1 if prior else how.copies):
             pictures.append(variant(picture, how, place, copy) if copy else picture)
             places.append(place)
+        watch(place + 1)
     return TrainingImages(tuple(pictures), tuple(images.captions[i] for i in places),
                           images.subject, tuple(images.prior[i] for i in places))
 

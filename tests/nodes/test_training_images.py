@@ -65,3 +65,16 @@ def test_augmented_images_go_on_to_training(nodes):
     assert all(torch.equal(a, b) for a, b in zip(found.images[::3], images.images))
     again = run_node(nodes["QuantTuneAugmentImages"], **chosen).args[0]
     assert all(torch.equal(a, b) for a, b in zip(found.images, again.images))
+
+
+def test_augmenting_can_be_interrupted(nodes):
+    from comfy.model_management import (
+        InterruptProcessingException,
+        interrupt_current_processing,
+    )
+
+    images = run_node(nodes["QuantTuneTrainingImages"], folder="starter: pip",
+                      resolution=128).args[0]
+    interrupt_current_processing()
+    with pytest.raises(InterruptProcessingException):
+        run_node(nodes["QuantTuneAugmentImages"], images=images)
