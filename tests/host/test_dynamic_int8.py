@@ -141,6 +141,40 @@ def test_lora_before_and_after(order, base):
         assert error(models.forward(fast(source)[0], arguments), without) < 0.06
 
 
+def test_a_lora_costs_less_than_the_quantization_of_its_base():
+    from quanttune.host.int8 import _patched
+    from quanttune.host.layout import unwrap
+
+    source = models.small_model()
+    model = with_lora(fast(quantize(source, 4)[0])[0], lora_file(source))
+    models.forward(model, models.inputs(model))
+    patched = {n: m for n, m in models_layers(model).items() if m.low_rank is not None}
+    assert len(patched) > 5 and all(m.int8 is not None for m in patched.values())
+    for name, module in patched.items():
+        original = source.model.diffusion_model.get_submodule(name).weight
+        exact = unwrap(module.weight, module.low_rank)
+        base = error(unwrap(module.weight).dequantize(), original)
+        assert error(_patched(exact, ()).dequantize(), exact.dequantize()) < base / 4
+
+
+def test_integers_follow_a_change_of_the_lora():
+    quantized, _ = quantize(models.small_model(), 4)
+    arguments = models.inputs(quantized)
+    loras = [lora_file(quantized, seed=s, rank=16, include=("attn1.to_q", "in_layers.2"))
+             for s in (5, 6)]
+    expected = [models.forward(with_lora(quantized, lora), arguments) for lora in loras]
+    assert error(*expected) > 0.15
+    model, _ = fast(quantized)
+    models.forward(model, arguments)
+    before = {n: m.int8_ready for n, m in models_layers(model).items()}
+    for lora, wanted in zip(loras, expected):
+        patched = with_lora(model, lora)
+        assert error(models.forward(patched, arguments), wanted) < 0.06
+        now = {n: m.int8_ready for n, m in models_layers(patched).items()}
+        assert {n for n in now if now[n] is not before[n]} == {
+            n for n in now if n.endswith(("attn1.to_q", "in_layers.2"))}, "the others wait"
+
+
 def test_a_bypass_lora():
     source = models.small_model()
     lora, arguments = lora_file(source), models.inputs(source)
