@@ -1,12 +1,14 @@
 """The LoRA training loop: it learns, and it goes on where it was stopped, to the last bit."""
 
 import csv
+import signal
 
 import pytest
 import torch
 
 from quanttune.quant import QuantTuneError
 from quanttune.tests.training.lora_toy import LoraToyDenoiser, trainer
+from quanttune.tests.training.test_trainer import start_script, two_ranks
 from quanttune.tests.training.toy import toy_set
 
 
@@ -62,6 +64,28 @@ def test_stopping_and_resuming_changes_no_bit(variant, stop, tmp_path):
     for name, layer in whole.layers["diffusion_model"].items():
         other = resumed.layers["diffusion_model"][name]
         assert torch.equal(layer.down, other.down) and torch.equal(layer.up, other.up)
+
+
+def test_kill_9_resumes_the_same_curve(tmp_path):
+    with trainer(tmp_path / "whole") as run:
+        run.run()
+    process = start_script(tmp_path / "killed", "--kill-at", 13, "--lora")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == -signal.SIGKILL, errors
+    with trainer(tmp_path / "killed") as run:
+        assert run.step == 10, "the state of the last interval of five"
+        run.run()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    ranks = two_ranks(lambda rank: tmp_path / "two", "--lora")
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    with trainer(tmp_path / "one", batch_size=4) as run:
+        run.run()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_dropout_leaves_the_generator_alone(tmp_path):

@@ -186,7 +186,7 @@ def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """On CPUs each process is launched with its rank, as on several machines."""
-    ranks = _two(lambda rank: tmp_path / "two")
+    ranks = two_ranks(lambda rank: tmp_path / "two")
     errors = [process.communicate(timeout=300)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(
         text[-3000:] for text in errors)
@@ -201,7 +201,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 def test_machines_that_share_no_disk_go_on_together(tmp_path):
     """The first process's state counts for all; the others have none."""
     def launched(*arguments):
-        ranks = _two(lambda rank: tmp_path / f"machine{rank}", *arguments)
+        ranks = two_ranks(lambda rank: tmp_path / f"machine{rank}", *arguments)
         errors = [process.communicate(timeout=300)[1] for process in ranks]
         assert [p.returncode for p in ranks] == [0, 0], "\n".join(e[-3000:] for e in errors)
 
@@ -214,7 +214,7 @@ def test_machines_that_share_no_disk_go_on_together(tmp_path):
         assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.expert == b.expert
 
 
-def _two(folder, *arguments):
+def two_ranks(folder, *arguments):
     """Two ranks of the toy's training, each with a folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

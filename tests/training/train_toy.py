@@ -6,6 +6,7 @@ import signal
 
 import torch
 
+from quanttune.tests.training import lora_toy
 from quanttune.tests.training.toy import trainer
 
 if __name__ == "__main__":
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--stop-at", type=int)
+    parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -22,4 +24,8 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
         return progress.record.step == options.stop_at
 
-    trainer(options.folder, batch_size=options.batch).run(callback)
+    if options.lora:
+        with lora_toy.trainer(options.folder, batch_size=options.batch) as run:
+            run.run(callback)
+    else:
+        trainer(options.folder, batch_size=options.batch).run(callback)
