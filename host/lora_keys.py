@@ -23,8 +23,9 @@ _PAIR = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?\.(down|up)|\.lora_(down|
                    r"(?:(?:\.[^.]+)?\.weight)?")
 _MAGNITUDE = re.compile(rf"(.+)\.{PEFT_MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?")
 _BIAS = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
-_OTHER = re.compile(r"(.+?)((?:[._]lora(?:_\w+)?|\.(?:hada|lokr|oft|[wb]_norm|diff|set|reshape|"
-                    r"[ab][12]))(?:[._].*)?)")
+_OTHER = re.compile(
+    r"(.+?)(\.(?:(?:hada|lokr|oft)_\w+|[wb]_norm|diff|diff_b|set_weight|reshape_weight|rescale|"
+    r"[ab][12]\.weight)|[._]lora(?:_\w+)?(?:\..+)?)")
 
 
 def layer_and_role(key: str) -> tuple[str, str]:

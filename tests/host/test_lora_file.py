@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from quanttune.tests.host import lora_models, models
@@ -21,6 +23,28 @@ def _inference(comfy_inprocess):
 def clip(comfy_inprocess):
     with torch.inference_mode():
         return models.projecting_clip()
+
+
+@given(st.from_regex(r"(lora_unet|unet|base_model\.model|lora_te1)([._][a-z0-9]{1,6}){1,6}",
+                     fullmatch=True).filter(lambda name: "lora" not in name[7:]))
+def test_every_spelling_is_taken_apart(name):
+    from quanttune.host.lora_keys import layer_and_role
+
+    spellings = {
+        "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A",
+                 "_lora.down.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"),
+        "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.other.weight", ".lora_B",
+               "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
+        "alpha": (".alpha",), "dora_scale": (".dora_scale",), "lora_B.bias": (".lora_B.bias",),
+        "lora_magnitude_vector": (".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+                                  ".lora_magnitude_vector.default.weight"),
+    }
+    for role, endings in spellings.items():
+        for ending in endings:
+            assert layer_and_role(name + ending) == (name, role), name + ending
+    for ending in (".hada_w1_a", ".lokr_w2", ".diff", ".diff_b", ".oft_blocks", ".lora_mid.weight",
+                   ".reshape_weight", ".w_norm", ".set_weight"):
+        assert layer_and_role(name + ending) == (name, ending)
 
 
 def exported(model, clip=None, metadata=None, **options):
@@ -84,6 +108,40 @@ def test_names_are_those_of_kohyas_tools(family, style):
 def test_the_name_that_the_readme_of_kohya_has():
     _, lora = exported(models.small_model(), include=("attn1.to_q",))
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha" in lora
+
+
+FULL = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False}
+SD15 = {**FULL, "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "context_dim": 768,
+        "transformer_depth": [1] * 6 + [0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
+        "transformer_depth_middle": 1, "use_linear_in_transformer": False, "num_heads": 8,
+        "adm_in_channels": None}
+SDXL = {**FULL, "num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "context_dim": 2048,
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "num_head_channels": 64,
+        "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential"}
+
+
+@pytest.mark.parametrize("family,config,layers,kohyas", [("SD15", SD15, 282, 192),
+                                                         ("SDXL", SDXL, 794, 722)])
+def test_full_size_models_have_as_many_modules_as_kohyas_tools_count(family, config, layers,
+                                                                     kohyas):
+    """Its networks.lora makes 192 modules for SD1.5's UNet and 722 for SDXL's."""
+    from types import SimpleNamespace
+
+    import comfy.supported_models
+
+    from quanttune.host.lora_keys import file_names
+
+    built = getattr(comfy.supported_models, family)(dict(config))
+    built.set_inference_dtype(torch.float16, None)
+    model = SimpleNamespace(model=built.get_model({}, "", device="meta"))
+    found = [f"diffusion_model.{name}" for name, m in
+             model.model.diffusion_model.named_modules()
+             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    names = set(file_names(found, model).values())
+    assert len(names) == len(found) == layers
+    assert sum(bool(re.search("transformer_blocks|proj_in|proj_out", n)) for n in names) == kohyas
 
 
 def test_diffusers_reads_every_layer_of_ours(tmp_path):
@@ -354,28 +412,35 @@ def test_text_encoders_of_diffusers_and_peft(prefix, middle, clip):
 
 
 def test_the_hosts_own_training_is_read(caplog):
-    """Train LoRA's LORA_MODEL: the host's names, and differences of norms and biases beside."""
-    from comfy.weight_adapter import LoRAAdapter
+    """What Train LoRA gives out: the host's names, and differences of norms and biases beside."""
+    import comfy.sd
+    from comfy_extras.nodes_train import _setup_lora_adapters
 
     from quanttune.host.lora_file import import_lora
+    from quanttune.host.lora_fit import fit_lora
 
     model = models.small_model()
-    lora, expected = {}, {}
-    for name in ("input_blocks.1.1.proj_in", "middle_block.1.transformer_blocks.0.attn1.to_q"):
-        key = f"diffusion_model.{name}"
-        weight = model.model.state_dict()[f"{key}.weight"]
-        adapter = LoRAAdapter.create_train(weight, rank=3, alpha=1.0)
-        for part, value in adapter.named_parameters():
-            value.data = torch.randn(value.shape) if value.ndim else value.data
-            lora[f"{key}.{part}"] = value.detach()
-        expected[key] = (adapter.lora_up.weight @ adapter.lora_down.weight) / 3
-    lora["diffusion_model.out.0.diff"] = torch.ones(32)
-    lora["diffusion_model.out.2.diff_b"] = torch.ones(4)
+    with torch.inference_mode(False):
+        trained, _ = _setup_lora_adapters(models.small_model().clone(), {}, "LoRA", torch.float32,
+                                          3)
+    generator = torch.Generator().manual_seed(0)
+    lora = {key: value.detach() if key.endswith("alpha") else
+            0.1 * torch.randn(value.shape, generator=generator) for key, value in trained.items()}
+    stock, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert not unused(caplog)
+    fit = fit_lora(lora, model)
+    assert fit.matched == fit.layers and not fit.notes()
+    ours = model.clone()
+    ours.add_patches(fit.patches)
+    arguments = models.inputs(model)
+    assert torch.equal(models.forward(ours, arguments), models.forward(stock, arguments))
     layers = import_lora(lora, model)
-    assert layers.keys() == expected.keys()
-    for key, delta in expected.items():
-        assert torch.allclose(layers[key].delta().flatten(1), delta, atol=1e-5)
-    assert any("2 norms and biases" in r.message for r in caplog.records)
+    assert len(layers) == sum(isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+                              for m in model.model.diffusion_model.modules())
+    for name, layer in layers.items():
+        up, down = lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"]
+        assert torch.allclose(layer.delta().flatten(1), up @ down / 3, atol=1e-6)
+    assert any("norms and biases, which are left out" in r.message for r in caplog.records)
 
 
 def test_tucker_form_becomes_a_plain_lora():
@@ -394,26 +459,6 @@ def test_tucker_form_becomes_a_plain_lora():
     zeros = torch.zeros(out, inputs, *kernel)
     expected = adapter.calculate_weight(zeros, key, 1.0, 1.0, None, lambda a: a)
     assert torch.allclose(import_lora(lora, model)[key].delta(), expected, atol=1e-5)
-
-
-def test_loras_of_parts_of_a_weight_are_joined():
-    """Queries, keys and values of diffusers, which some families hold in one weight."""
-    import comfy.lora
-
-    from quanttune.host import lora_file
-
-    target = "diffusion_model.qkv.weight"
-    keys = {"q": (target, (0, 0, 4)), "v": (target, (0, 8, 4), lambda a: -a)}
-    lora = {f"{name}.lora_{half}.weight": torch.randn(*shape) for name in keys
-            for half, shape in (("up", (4, 2)), ("down", (2, 6)))}
-    lora["q.alpha"] = torch.tensor(1.0)
-    patches = comfy.lora.load_lora(lora, keys)
-    parts = [lora_file._plain(where, patch, torch.Size([12, 6])) for where, patch in
-             patches.items()]
-    delta = lora_file._joined(parts).delta()
-    assert torch.allclose(delta[:4], lora["q.lora_up.weight"] @ lora["q.lora_down.weight"] / 2)
-    assert not delta[4:8].any()
-    assert torch.allclose(delta[8:], -lora["v.lora_up.weight"] @ lora["v.lora_down.weight"])
 
 
 def broken(lora, **changes):

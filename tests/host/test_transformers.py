@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quanttune.quant import QuantTuneError
-from quanttune.tests.host import models
+from quanttune.tests.host import lora_models, models
 from quanttune.tests.host.models import quantize
 
 FLUX = {"image_model": "flux", "in_channels": 16, "vec_in_dim": 16, "context_in_dim": 32,
@@ -128,3 +128,61 @@ def test_qat_trains_what_can_be_differentiated(model, host_folders, checkpointin
                 train_qat(*arguments)
         else:
             assert train_qat(*arguments).finished
+
+
+def test_a_lora_of_ours_has_every_layer(model, caplog):
+    import comfy.sd
+
+    from quanttune.host.lora_file import export_lora, import_lora
+    from quanttune.host.merge_lora import merge_lora
+
+    with torch.inference_mode():
+        layers = lora_models.random_layers(model, include=("qkv", "proj", "linear1", "fc1", "mlp.0",
+                                                           "img_in", "x_embedder.proj"))
+        lora = export_lora(layers, model)
+        assert all(key.startswith("lora_unet_") for key in lora)
+        stock, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+        assert len(stock.patches) == len(layers) > 3
+        assert not [r for r in caplog.records if "not loaded" in r.message.lower()]
+        found = import_lora(lora, model)
+        assert found.keys() == layers.keys()
+        assert all(torch.equal(found[n].down, layer.down) for n, layer in layers.items())
+        quantized, _ = quantize(model, 8)
+        quantized.patches = stock.patches
+        merged, report = merge_lora(quantized)
+        assert len(report.layers) == len(layers) and 0.9 < report.survived < 1.1
+
+
+def test_queries_keys_and_values_of_diffusers_become_one_lora(model):
+    """These families hold them in one weight; diffusers, and so its LoRAs, in three."""
+    import comfy.lora
+
+    from quanttune.host.lora_file import import_lora
+    from quanttune.host.lora_keys import key_map
+
+    with torch.inference_mode():
+        keys, generator = key_map(model), torch.Generator().manual_seed(0)
+        target, (_, _, size) = keys["transformer.transformer_blocks.0.attn.to_q"]
+        inputs = model.model.state_dict()[target].shape[1]
+        lora = {}
+        for part, rank in (("q", 2), ("v", 3)):
+            name = f"transformer.transformer_blocks.0.attn.to_{part}"
+            lora[f"{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+            lora[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
+        lora["transformer.transformer_blocks.0.attn.to_q.alpha"] = torch.tensor(1.0)
+        (name, layer), = import_lora(lora, model).items()
+        assert f"{name}.weight" == target and layer.rank == 5
+        patched = model.clone()
+        patched.add_patches(comfy.lora.load_lora(lora, keys))
+        zeros = torch.zeros(model.model.state_dict()[target].shape)
+        expected = comfy.lora.calculate_weight(patched.patches[target], zeros, target)
+        assert torch.allclose(layer.delta(), expected, atol=1e-5)
+        assert not layer.delta()[size:2 * size].any() and layer.delta()[2 * size:].any()
+        # Some weights are the other way round there, halves of rows exchanged.
+        target, _, exchange = keys["transformer.norm_out.linear"]
+        out, inputs = model.model.state_dict()[target].shape
+        lora = {"transformer.norm_out.linear.lora_A.weight": torch.randn(2, inputs),
+                "transformer.norm_out.linear.lora_B.weight": torch.randn(out, 2)}
+        (_, layer), = import_lora(lora, model).items()
+        down, up = lora.values()
+        assert torch.allclose(layer.delta(), exchange(up @ down), atol=1e-5)
