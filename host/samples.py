@@ -103,9 +103,14 @@ class Samples:
 
     def key(self) -> list:
         """What a state has to agree with."""
-        digest = hashlib.sha256()
-        _update(digest, [self.latent, self.positive, self.negative])
-        return [digest.hexdigest(), list(self.latent.shape)]
+        return [digest_of([self.latent, self.positive, self.negative]), list(self.latent.shape)]
+
+
+def digest_of(value) -> str:
+    """Of everything in nested sequences and mappings, the values of tensors included."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
 
 
 def _update(digest, value) -> None:

@@ -22,7 +22,7 @@ from .observe import ForwardRecord
 from .quantize import quantizable_layers
 from .replay import Replay
 from .routing import buckets_of
-from .samples import Samples
+from .samples import Samples, digest_of
 
 UNITS = ("layer", "group")
 REPEATED = 1e-2
@@ -95,9 +95,12 @@ def layer_sensitivity(patcher, latent: dict, positive: Sequence, negative: Seque
     shapes = {name: tuple(m.weight.shape) for name, m in layers.items()}
     splits = shortcut_splits(shapes)
     units = _units(shapes, how.unit)
-    record = record_forwards(patcher, Samples(latent, positive, negative, how), how.forwards)
+    samples = Samples(latent, positive, negative, how)
+    record = record_forwards(patcher, samples, how.forwards)
     buckets = [_bucket(patcher, record, i, how.timestep_buckets) for i in range(len(record.calls))]
-    key = repr((identity_of(patcher), asdict(how), Samples(latent, positive, negative, how).key()))
+    # With the outputs: of patches that are functions the identity knows nothing.
+    key = repr((identity_of(patcher), asdict(how), samples.key(),
+                digest_of([output for _, _, output in record.calls])))
     if key not in _DONE:
         _DONE.clear()
     done = _DONE.setdefault(key, {})

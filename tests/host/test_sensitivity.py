@@ -152,6 +152,35 @@ def test_stopped_it_goes_on(model, monkeypatch):
     assert torch.equal(again.error, found.error)
 
 
+def test_stopped_it_does_not_go_on_for_a_model_that_was_patched_since(model, monkeypatch):
+    import comfy.model_management as management
+
+    from quanttune.host import sensitivity
+
+    def amplified(h, skipped, options):
+        return 0.3 * h, 2.0 * skipped
+
+    patched = model.clone()
+    patched.set_model_output_block_patch(amplified)
+    sensitivity._DONE.clear()
+    alone = measure(patched, precisions=("4",), unit="group")
+    errors, seen = sensitivity._errors, []
+
+    def stopping(*args):
+        seen.append(1)
+        if len(seen) == 5:
+            raise management.InterruptProcessingException()
+        return errors(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(sensitivity, "_errors", stopping)
+        with pytest.raises(management.InterruptProcessingException):
+            measure(model, precisions=("4",), unit="group")
+    assert len(next(iter(sensitivity._DONE.values()))) == 4
+    after = measure(patched, precisions=("4",), unit="group")
+    assert torch.equal(after.error, alone.error)
+
+
 def test_the_plan_makes_a_model_of_its_size(model, host_folders):
     from quanttune.host.build import load_model, quantized_model
     from quanttune.host.plan import bit_plan
