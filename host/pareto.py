@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +91,8 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
 
     Raises:
         QuantTuneError: a quantized MODEL, no candidate, plans without a sensitivity or times,
-            pictures without a VAE.
+            pictures without a VAE, or float ones that hold NaN. A candidate that computes NaN
+            is a point whose error is NaN.
     """
     if quantized_model(patcher) is not None:
         raise QuantTuneError("This MODEL is quantized already; connect the float model, which is "
@@ -115,6 +117,9 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     bar = comfy.utils.ProgressBar(len(ways) + 1, node_id=node_id)
     record = record_forwards(patcher, samples, how.forwards)
     floats = _pictures(patcher, vae, samples, candidates.pictures)
+    if floats is not None and not bool(floats.isfinite().all()):
+        raise QuantTuneError("The pictures of the float MODEL hold NaN or infinite values already; "
+                             "run the VAE in float32 (--fp32-vae), or set pictures to 0.")
     points = [Point(FLOAT, numel * FLOAT_BYTES, 8.0 * FLOAT_BYTES, 1.0, 0.0,
                     1.0 if candidates.pictures else None, False)]
     bar.update(1)
@@ -131,7 +136,11 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
             count * FLOAT_BYTES for n, count in layers.items() if n not in quantized)
         error = record.error(model)
         made = _pictures(model, vae, samples, candidates.pictures)
-        alike = float(ssim(made, floats).mean()) if candidates.pictures else None
+        alike = None
+        if made is not None and bool(made.isfinite().all()):
+            alike = float(ssim(made, floats).mean())
+        elif made is not None:
+            error = math.nan
         points.append(Point(name, weights, 8 * weights / numel,
                             _time(patcher, model, samples, how.cfg, candidates.rounds), error,
                             alike, bool(quantized)))

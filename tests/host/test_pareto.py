@@ -47,6 +47,51 @@ def test_sizes_and_errors(model):
     assert all(p.time > 0 for p in points.values())
 
 
+def test_a_candidate_that_computes_nan_is_a_row(model, monkeypatch):
+    from quanttune.host import pareto
+    from quanttune.metrics.pareto import chart, csv, front, markdown
+    from quanttune.metrics.recommend import recommend
+
+    make = pareto.quantize_model
+
+    def breaking(patcher, spec, **options):
+        made, report = make(patcher, spec, **options)
+        if spec.bits == 8:
+            norm = made.model.diffusion_model.out[0]
+            norm.bias = torch.nn.Parameter(torch.full_like(norm.bias, float("nan")), False)
+        return made, report
+
+    monkeypatch.setattr(pareto, "quantize_model", breaking)
+    points = run(model, Decoder(), pictures=1)
+    broken, sound = points[1:]
+    assert broken.name == "8 bits" and broken.error != broken.error and broken.ssim is None
+    assert sound.error < 1 and 0 < sound.ssim < 1
+    assert broken not in front(points) and "| nan% |  |" in markdown(points)
+    assert ",nan,," in csv(points) and chart(points).width
+    assert "Unusable: 8 bits" in recommend(points)[-1]
+
+
+class Dark(Decoder):
+    """Gives NaN after ``good`` pictures."""
+
+    def __init__(self, good):
+        self.good = good
+
+    def decode(self, latent):
+        self.good -= 1
+        return super().decode(latent) * (1.0 if self.good >= 0 else float("nan"))
+
+
+def test_pictures_of_nan_alone(model):
+    from quanttune.quant import QuantTuneError
+
+    points = run(model, Dark(2), pictures=1)
+    assert points[1].ssim is not None and points[1].error < 1
+    assert points[2].ssim is None and points[2].error != points[2].error
+    with pytest.raises(QuantTuneError, match="float MODEL hold NaN"):
+        run(model, Dark(0), pictures=1)
+
+
 def test_searched_plans_beat_uniform_bits_of_their_size(model):
     found = measure(model, precisions=("8", "4", "2"))
     uniform = {p.name: p for p in run(model)}["4 bits"]
