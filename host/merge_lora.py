@@ -22,6 +22,8 @@ AS_IT_IS = 0
 """In place of a bit width: each layer keeps its own."""
 WORST = 3
 """So many layers are named in the report."""
+ENOUGH = 0.5
+"""A merge that keeps a smaller share of the LoRA is advised against."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ class MergeReport:
             lines.append("Largest: " + ", ".join(
                 f"{w.layer} {w.relative_error:.2%} (LoRA {_root(w.change, w.norm):.2%})"
                 for w in worst))
-            if self.relative_error > self.relative_change:
-                lines.append("The rounding is larger than the LoRA itself: merge into 8 bits, or "
-                             "keep the LoRA as a file of its own, which costs no quality.")
+            if self.relative_error > self.relative_change or self.survived < ENOUGH:
+                lines.append("Rounding loses most of the LoRA: merge into 8 bits, or keep the LoRA "
+                             "as a file of its own, which costs no quality.")
         return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 EVERYWHERE = ("attn1.to_q", "attn2.to_k", "to_out.0", "ff.net.0.proj", "proj_in", "in_layers.2",
@@ -90,3 +91,27 @@ def answer(unet, arguments):
     """What diffusers' UNet gives for arguments of the host's."""
     with torch.no_grad():
         return unet(arguments["x"], arguments["timesteps"], arguments["context"]).sample
+
+
+def exported(model, clip=None, metadata=None, **options):
+    """Random layers and the `LoraWeights` made of them."""
+    from quanttune.host.lora_file import export_lora
+
+    layers = random_layers(model, clip=clip, **options)
+    return layers, export_lora(layers, model, clip, metadata)
+
+
+def unused(caplog):
+    """What the host's log says of tensors that it did not use."""
+    return [r.message for r in caplog.records if "not loaded" in r.message.lower()
+            or r.levelname == "ERROR"]
+
+
+def assert_same(found, layers, tolerance=0.0):
+    """That imported layers are those that were exported, and that autograd may use them."""
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert torch.allclose(found[name].down, layer.down, atol=tolerance), name
+        assert torch.allclose(found[name].up, layer.up, atol=tolerance), name
+        assert found[name].alpha == pytest.approx(layer.alpha)
+        assert not found[name].down.is_inference()
