@@ -125,7 +125,7 @@ class MergeLora(io.ComfyNode):
                                                 "from any 'Load LoRA'."),
                 io.Combo.Input("bits", options=[AS_IT_IS, *map(str, sorted(SUPPORTED_BITS,
                                                                           reverse=True))],
-                               default=AS_IT_IS,
+                               default="8",
                                tooltip="Bits of the layers that the LoRA changes. 8 keeps nearly "
                                        "all of it, at twice the size of 4."),
                 io.Combo.Input("range", options=["minmax", "mse"], default="mse",

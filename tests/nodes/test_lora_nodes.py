@@ -214,5 +214,5 @@ def test_merge_from_the_stock_loader_to_a_file(nodes, model):
     with torch.inference_mode():
         arguments = models.inputs(model)
         assert torch.equal(models.forward(loaded, arguments), models.forward(merged, arguments))
-    same = run_node(nodes["QuantTuneMergeLora"], model=patched).args[1]
+    same = run_node(nodes["QuantTuneMergeLora"], model=patched, bits="as it is").args[1]
     assert "rounded to 4 bits" in same
