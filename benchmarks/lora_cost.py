@@ -23,6 +23,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -201,50 +202,57 @@ def train(path: str, dtype: str, base: str, options) -> dict:
     args.use_pytorch_cross_attention = True
     import torch
 
-    from quanttune.benchmarks._lora import inject_lora
-    from quanttune.host.training import training_copy
+    from quanttune.host.lora_train import pupil
+    from quanttune.training.lora_config import LoraTraining
+    from quanttune.training.lora_trainer import LoraTrainer
 
     torch.set_num_threads(options.threads)
     idle = rss()
     Path("/proc/self/clear_refs").write_text("5")
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.randn(1, 4, 64, 64, generator=generator)
-    context = torch.randn(1, 77, 768, generator=generator)
-    precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    config = LoraTraining(
+        steps=options.steps + 1, rank=RANK, targets="all layers", warmup_steps=0, save_every=0,
+        precision={"bfloat16": "bf16", "float32": "fp32"}[dtype])
+    with torch.inference_mode():  # as the executor does
+        model = _base(path, base, getattr(torch, dtype))
     times = []
-    with training_copy(_base(path, base, getattr(torch, dtype)), precision) as denoiser:
-        parameters = inject_lora(denoiser.base.diffusion_model, denoiser.shapes, RANK)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        for step in range(options.steps + 1):
+    with pupil(model, config) as learner, tempfile.TemporaryDirectory() as folder:
+        trainer = LoraTrainer(learner.denoiser, learner.learns, _examples(), config, folder)
+        for step in range(config.steps):
             start = time.process_time()
-            noise = torch.randn(clean.shape, generator=generator)
-            sigma = denoiser.sigma(torch.tensor([125.0 + 250 * (step % 4)]))
-            out = denoiser.denoise(denoiser.noised(clean, noise, sigma), sigma,
-                                   {"c_crossattn": context}, {}, True)
-            loss = ((out - clean) / sigma.view(-1, 1, 1, 1)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            record = trainer.one_step()
             if step:  # the first one warms up
                 times.append(time.process_time() - start)
+        count = sum(p.numel() for p in trainer.parameters)
     return {"seconds": statistics.median(times), "all": times,
-            "peak_bytes": rss("VmHWM") - idle, "loss": float(loss.detach()),
-            "trainable": sum(p.numel() for p in parameters)}
+            "peak_bytes": rss("VmHWM") - idle, "loss": record.loss, "trainable": count}
+
+
+def _examples():
+    """Two random ones of SD1.5's shape."""
+    import torch
+
+    from quanttune.training.data import TrainingSet
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return TrainingSet(
+            tuple(torch.randn(4, 64, 64, generator=generator) for _ in range(2)),
+            tuple({"c_crossattn": torch.randn(1, 77, 768, generator=generator)}
+                  for _ in range(2)), (False, False), ("", ""), "random")
 
 
 def _base(path: str, base: str, dtype):
-    """The MODEL to train on; the float one holds its weights once, in ``dtype``."""
+    """The MODEL to train on; the float one is held in ``dtype``."""
     import comfy.model_patcher
     import torch
 
     from quanttune.benchmarks.quantized_unet import random_unet
     from quanttune.host.build import load_model
-    from quanttune.host.quantize import float_model
 
     if base != "float":
         return load_model(path)
     cpu = torch.device("cpu")
-    return float_model(comfy.model_patcher.ModelPatcher(random_unet(dtype), cpu, cpu))
+    return comfy.model_patcher.ModelPatcher(random_unet(dtype), cpu, cpu)
 
 
 def ratios(found: dict) -> dict[str, float]:

@@ -88,7 +88,7 @@ class _ScaledOp:
                 continue
             moved = fn(value)
             if moved.is_inference() and not torch.is_inference_mode_enabled():
-                moved = moved.clone()
+                moved = _usable(moved)
             elif moved is value:
                 continue
             self.int8 = self.int8_ready = None
@@ -199,6 +199,11 @@ class QuantTuneOps(comfy.ops.manual_cast):
                 input = self._laid_out(input)
             return functional.scaled_conv2d(input, weight, bias, *self._conv_args(),
                                             scales=self.active_scales, split=self.scale_split())
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """What was made in inference mode as something that autograd may save; floats share memory."""
+    return tensor.clone() if isinstance(tensor, QuantizedTensor) else torch.from_dlpack(tensor)
 
 
 def scaled_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
