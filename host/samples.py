@@ -26,7 +26,8 @@ class Samples:
         how: `calibrate.Calibration`: samples, steps, cfg, sampler, scheduler, seed.
 
     Raises:
-        QuantTuneError: no prompt, no latent, or latents that are not finite.
+        QuantTuneError: no prompt, no latent, latents that are not finite, or an unknown sampler
+            or scheduler.
     """
 
     def __init__(self, latent: dict, positive: Sequence, negative: Sequence, how):
@@ -42,6 +43,9 @@ class Samples:
                                  "makes them.")
         if how.sampler not in comfy.samplers.KSampler.SAMPLERS:
             raise QuantTuneError(f"There is no sampler '{how.sampler}'; choose one of the "
+                                 "KSampler's.")
+        if how.scheduler not in comfy.samplers.KSampler.SCHEDULERS:
+            raise QuantTuneError(f"There is no scheduler '{how.scheduler}'; choose one of the "
                                  "KSampler's.")
         if self.latent.dim() < 4:
             raise QuantTuneError(f"The latents have shape {list(self.latent.shape)}; connect "

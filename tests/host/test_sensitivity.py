@@ -228,6 +228,7 @@ class TestRefused:
     @pytest.mark.parametrize("options,match", [
         ({"precisions": ()}, "No precision"), ({"precisions": ("5",)}, "no precision '5'"),
         ({"unit": "block"}, "unit is 'block'"), ({"forwards": 0}, "forwards is 0"),
+        ({"sampler": "best"}, "no sampler 'best'"), ({"scheduler": "best"}, "no scheduler 'best'"),
     ])
     def test_settings(self, model, options, match):
         from quanttune.quant import QuantTuneError
