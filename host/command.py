@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -151,6 +152,9 @@ def start_host(device: str) -> None:
 
     if device not in ("auto", "cpu", "cuda"):
         raise QuantTuneError(f"The device is {device!r}, but it has to be auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise QuantTuneError("The device is cuda, but PyTorch finds no graphics card that it can "
+                             "use; choose auto or cpu, or install PyTorch for your card.")
     args.cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     args.use_pytorch_cross_attention = True
     if not args.cpu and torch.cuda.is_available():
@@ -176,14 +180,21 @@ def load_float(base: Mapping[str, Any]):
     try:
         model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]
     except Exception as error:  # whatever the host meets in a file that is none
-        reason = str(error).strip().split("\n")[0]
         raise QuantTuneError(f"The file {name} is no checkpoint that ComfyUI can load "
-                             f"({reason}); give one with model, text encoder and VAE."
+                             f"({_reason(error)}); give one with model, text encoder and VAE."
                              ) from error
     if None in (model, clip, vae):
         raise QuantTuneError(f"The checkpoint {name} lacks a model, text encoder or VAE; give "
                              "a file with all three.")
     return model, clip, vae, Path(name).name
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be loaded, in words that a user can do something with."""
+    # PyTorch advises to load such a file all the same, which would run the code in it.
+    if isinstance(error, (pickle.UnpicklingError, LookupError, EOFError, AttributeError)):
+        return "it is damaged, or holds more than tensors"
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def load_quantized(base: Mapping[str, Any]):

@@ -12,6 +12,7 @@ from ..metrics.recommend import recommend, recommend_layers, recommend_timing
 from ..metrics.report import Attachment, Picture, Report, Section
 from ..metrics.sensitivity import Sensitivity, label_of
 from ..metrics.sensitivity_charts import group_chart, heat_map, plan_chart
+from ..metrics.similarity import WINDOW
 from ..quant import QuantSpec, QuantTuneError
 from ..quant.plan import BitPlan
 from .benchmark import benchmark
@@ -28,6 +29,8 @@ from .sensitivity import SensitivitySettings, layer_sensitivity
 
 PART = "report"
 """Marks the progress of a whole part, for who listens to the host's progress bars."""
+RANGES = {"timestep_buckets": (1, 100), "cfg": (0, 100), "seed": (0, 2**53 - 1)}
+"""Least and most of settings, as the nodes have them."""
 WORST = 8
 """Layers that the table of the most sensitive ones names."""
 
@@ -71,7 +74,11 @@ class ReportSettings:
         if not self.bits:
             raise QuantTuneError("There is no bit width to measure; give at least one of 8, 4, 3 "
                                  "and 2.")
-        for name in ("latent", "runs", "samples", "steps", "forwards", "timestep_buckets"):
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise QuantTuneError(f"The setting {name} is {getattr(self, name)}, but it has to "
+                                     f"be from {least} to {most}.")
+        for name in ("latent", "runs", "samples", "steps", "forwards"):
             if getattr(self, name) < 1:
                 raise QuantTuneError(f"The setting {name} is {getattr(self, name)}, but it has to "
                                      "be at least 1.")
@@ -102,6 +109,10 @@ def report_on(model, clip, vae, name: str, how: ReportSettings, command: str = "
     how = replace(how, prompts=how.prompts[:max(how.samples, how.pictures)])
     positive, negative = conditioning_of(clip, "\n".join(how.prompts), None, None)
     side = how.latent * vae.spacial_compression_encode()
+    if how.pictures and side < WINDOW:
+        raise QuantTuneError(f"The setting latent is {how.latent}, which makes pictures of "
+                             f"{side} x {side} pixels, but SSIM needs {WINDOW} x {WINDOW}; use "
+                             "larger latents, or set pictures to 0.")
     latent = {"samples": empty_latent(model, vae, side, side)}
     sampled = SensitivitySettings(
         precisions=tuple(map(str, how.bits)), unit=how.unit, forwards=how.forwards,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from ..metrics.report import save_report
@@ -38,19 +39,27 @@ def report(options: Namespace, command: str = "") -> int:
     Nothing is written before everything is measured. Ctrl-C ends it at once; returns 130 then.
     """
     folder = Path(options.out)
+    if options.checkpoint is not None and not options.checkpoint.strip():
+        raise QuantTuneError("The option --checkpoint is empty; give the path of a file with "
+                             "model, text encoder and VAE, or --starter in its place.")
     words = {**(STARTER if options.starter else CHECKPOINT), **(QUICK if options.quick else {})}
     words.update({name: value for name in TOLD if (value := getattr(options, name)) is not None})
     if options.prompts:
         words["prompts"] = tuple(line for word in options.prompts for line in read_prompts(word))
     if options.bits:
         words["bits"] = tuple(dict.fromkeys(options.bits))
-    make_folder(folder, "of --out")
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         start_host(options.device)
         return _measure(options, words, folder, command)
     except KeyboardInterrupt:
         print("Stopped; no report was written.", file=sys.stderr)
         return 130
+    finally:
+        # Those that are empty, where nothing was written.
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 def _measure(options: Namespace, words: dict, folder: Path, command: str) -> int:
@@ -69,6 +78,7 @@ def _measure(options: Namespace, words: dict, folder: Path, command: str) -> int
         if getattr(how, name) not in known:
             raise QuantTuneError(f"There is no {name} '{getattr(how, name)}'; choose one of "
                                  f"{', '.join(known)}.")
+    make_folder(folder, "of --out")
     console = Console()
     comfy.utils.set_progress_bar_global_hook(console.progress)
     try:

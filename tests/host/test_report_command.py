@@ -103,13 +103,50 @@ def told(comfy_inprocess, monkeypatch, capsys):
     (("--starter", "--runs", "0"), "runs is 0"),
     (("--starter", "--sampler", "best"), "no sampler 'best'"),
     (("--starter", "--scheduler", "best"), "no scheduler 'best'"),
+    (("--checkpoint", ""), "option --checkpoint is empty"),
+    (("--checkpoint", "{folder}/empty.txt"), "is no checkpoint"),
+    (("--starter", "--seed", "-1"), "seed is -1"),
+    (("--starter", "--seed", str(2**64)), "seed is 18446744073709551616"),
+    (("--starter", "--cfg", "nan"), "cfg is nan"), (("--starter", "--cfg", "inf"), "cfg is inf"),
+    (("--starter", "--timestep-buckets", "100000"), "timestep_buckets is 100000"),
+    (("--starter", "--latent", "1", "--pictures", "1"), "8 x 8 pixels, but SSIM needs 11 x 11"),
 ])
 def test_refusals_come_before_anything_is_measured(words, match, tmp_path, told):
     (tmp_path / "empty.txt").write_text("\n\n")
-    status, error = told("--out", tmp_path / "out", "--device", "cpu",
+    status, error = told("--out", tmp_path / "new" / "out", "--device", "cpu",
                          *(w.format(folder=tmp_path) for w in words))
     assert status == 1 and error.startswith("Error: ") and re.search(match, error)
-    assert not os.path.exists(tmp_path / "out") or os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path) == ["empty.txt"]
+
+
+def test_a_folder_that_was_there_stays(tmp_path, told):
+    assert told("--out", tmp_path / ".", "--starter", "--runs", "0")[0] == 1
+    assert tmp_path.is_dir()
+
+
+def test_a_graphics_card_that_is_not_there(tmp_path, told, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, error = told("--out", tmp_path / "out", "--starter", "--device", "cuda")
+    assert status == 1 and "device is cuda, but PyTorch finds no graphics card" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_is_told_to_be_loaded_with_the_code_in_it(tmp_path, told):
+    import torch
+
+    class Code:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"a": Code()}, tmp_path / "bad.ckpt")
+    for name, content in (("text.ckpt", b"hello" * 100), ("empty.ckpt", b"")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("bad.ckpt", "text.ckpt", "empty.ckpt"):
+        status, error = told("--out", tmp_path / "out", "--checkpoint", tmp_path / name,
+                             "--device", "cpu")
+        assert status == 1 and "(it is damaged, or holds more than tensors)" in error, error
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path, told):
