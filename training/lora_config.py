@@ -12,7 +12,8 @@ from ..quant.groups import group_of
 from .settings import DenoisingTraining
 
 ATTENTION = ("self-attention queries and keys", "self-attention",
-             "cross-attention keys and values", "cross-attention", "transformer in and out")
+             "cross-attention keys and values", "cross-attention", "transformer in and out",
+             "single blocks")
 FEED_FORWARD = ("feed-forward",)
 CONVOLUTIONS = ("ResNet", "shortcuts", "down- and upsampling")
 PATTERN = "pattern below"

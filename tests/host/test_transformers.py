@@ -53,6 +53,13 @@ def test_eight_bits_are_close_to_float(model):
         assert models.relative(run(quantized, first_step), run(model, first_step)) < 0.05
 
 
+def test_every_layer_has_a_group(model):
+    from quanttune.host.quantize import quantizable_layers
+    from quanttune.quant.groups import OTHER, group_of
+
+    assert not [name for name in quantizable_layers(model.model) if group_of(name) == OTHER]
+
+
 def test_scales_act_only_in_their_interval(model):
     from quanttune.host.routing import apply_scale_set
     from quanttune.quant import LayerScales, ScaleSet

@@ -19,6 +19,15 @@ def test_presets_grow():
     assert counts == [4, 5, 8, len(NAMES)]
 
 
+def test_attention_of_transformers():
+    block = "double_blocks.0.img_"
+    names = ["img_in", f"{block}mod.lin", f"{block}attn.qkv", f"{block}attn.proj",
+             f"{block}mlp.0", "single_blocks.0.linear1", "single_blocks.0.modulation.lin"]
+    chosen = LoraTraining(targets="attention").chosen(names)
+    assert chosen == [f"{block}attn.qkv", f"{block}attn.proj", "single_blocks.0.linear1"]
+    assert f"{block}mlp.0" in LoraTraining(targets="attention + feed-forward").chosen(names)
+
+
 def test_a_pattern_is_searched_for():
     config = LoraTraining(targets=PATTERN, pattern=r"attn1, attn2\.to_[kv]$")
     assert [n.rsplit(".", 2)[-2:] for n in config.chosen(NAMES)] == [
