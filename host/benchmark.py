@@ -16,6 +16,7 @@ from ..metrics.cost import Cost, CostReport
 from ..metrics.memory import peak_memory
 from ..quant import QuantTuneError
 from .explain import explained
+from .int8 import forget_prepared
 
 
 def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, negative, cfg: float,
@@ -63,6 +64,8 @@ def benchmark(models: Sequence[tuple[str, object]], latent: dict, positive, nega
         management.unload_all_models()
         management.soft_empty_cache()
         management.load_models_gpu([patcher])
+        # Integers that an earlier run, or another model that shares them, has laid out already.
+        forget_prepared(patcher.model)
         # The first step, too: a processor's allocator keeps what was freed, and integer products
         # lay out their weights then.
         with peak_memory(device) as found:

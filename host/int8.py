@@ -18,6 +18,7 @@ from ..quant.int8 import (
     choose,
 )
 from .layout import is_uniform, unwrap
+from .ops import scaled_layers
 
 OPTION = "quanttune_int8"
 """Key in ``transformer_options`` of the `Int8Mode` of a forward."""
@@ -85,6 +86,12 @@ def prepare(diffusion_model, layers: dict, mode: Int8Mode | None, device: torch.
         module.int8 = _ready(shared, name, module, mode) if wanted else None
         if module.int8 is not None:
             module.int8.layer.static = static.get(name)
+
+
+def forget_prepared(model: torch.nn.Module) -> None:
+    """Drop what `prepare` made of the weights of ``model``; its next forward makes it again."""
+    for module in scaled_layers(model).values():
+        module.int8 = module.int8_ready = None
 
 
 def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:

@@ -48,6 +48,28 @@ def test_the_same_model_twice_costs_about_the_same():
     assert 0.2 < found.ratio(1) < 5
 
 
+def test_nothing_is_laid_out_before_the_peak_is_measured(monkeypatch):
+    """Two MODELs of the same integers, which one of them has used already."""
+    from quanttune.host import benchmark
+    from quanttune.host.dynamic_int8 import dynamic_int8
+    from quanttune.host.ops import scaled_layers
+
+    first, _ = dynamic_int8(models.small_model(), precision="float32")
+    second, step, before = first.clone(), benchmark.one_step, []
+
+    def look(patcher, *args):
+        layers = scaled_layers(patcher.model).values()
+        before.append(sum(m.int8_ready is not None for m in layers))
+        return step(patcher, *args)
+
+    monkeypatch.setattr(benchmark, "one_step", look)
+    measure([("first", first), ("second", second)], runs=1)
+    measure([("second", second)], runs=1)
+    count = before[1]
+    assert count > 0
+    assert before == [0, count, 0, count, *[count] * 4, 0, count, *[count] * 2]
+
+
 def test_refusals():
     from quanttune.quant import QuantTuneError
 
