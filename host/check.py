@@ -22,6 +22,8 @@ SHARES = (0.98, 0.75, 0.5, 0.25, 0.02)
 """Of the timesteps, from noise to picture, at which the model is run."""
 GRADES = ((0.03, "as good as float"), (0.10, "slightly different"), (0.30, "visibly different"))
 """Largest relative error of the estimate of the picture, and what to call it."""
+PLAIN = 0.01
+"""Standard deviation of a channel's pixels, in 0..1, below which a picture shows nothing."""
 
 
 @dataclass
@@ -32,17 +34,21 @@ class Check:
         lines: of the report.
         faults: what makes the model unusable; empty if nothing does.
         picture: of the prompt, float32 ``[1, H, W, 3]``, or None.
+        unmeasured: why nothing is known of how good the model is, or "".
     """
 
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     picture: torch.Tensor | None = None
+    unmeasured: str = "connect the float model as reference"
 
     @property
     def verdict(self) -> str:
         """In a word or a sentence."""
-        return "The model is usable." if not self.faults else (
-            "The model is NOT usable: " + "; ".join(self.faults) + ".")
+        if self.faults:
+            return "The model is NOT usable: " + "; ".join(self.faults) + "."
+        return "The model is usable." if not self.unmeasured else (
+            f"The model computes; how good it is was not measured ({self.unmeasured}).")
 
     @property
     def report(self) -> str:
@@ -95,13 +101,16 @@ def check_model(patcher, clip, vae, prompt: str, settings: SamplingSettings, ref
                                  "model that was quantized.")
         _compare(outputs, floats, check)
     if not check.faults:
-        _make_picture(patcher, clip, vae, prompt, settings, check)
+        _make_picture(patcher, clip, vae, prompt, settings, reference, check)
     bar.update(1)
     return check
 
 
 def _look(checkpoint, check: Check) -> None:
-    """Shapes, dtypes and values of what is stored."""
+    """Widths, dtype of the integers, and values of what is stored.
+
+    That shapes fit the model was made sure of when it was built (`build.build_model`).
+    """
     bits = Counter(w.bits for w in checkpoint.layers.values())
     floats = sum(t.numel() for t in checkpoint.floats.values())
     check.lines.append(", ".join(f"{count} layers in {b} bits" for b, count in sorted(bits.items()))
@@ -147,9 +156,9 @@ def _outputs(patcher, vae, prompts, settings: SamplingSettings, bar=None) -> lis
 def _compare(outputs: Sequence[torch.Tensor], floats: Sequence[torch.Tensor],
              check: Check) -> None:
     if not all(bool(b.isfinite().all()) for b in floats):
-        check.lines.append("The reference computes NaN or infinite values itself, so that nothing "
-                           "can be compared with it.")
+        check.unmeasured = "the reference computes NaN or infinite values itself"
         return
+    check.unmeasured = ""
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(outputs, floats)]
     told = ", ".join(f"{e:.1%} at {s:.0%}" for e, s in zip(errors, SHARES))
     worst = max(errors, key=lambda e: (e != e, e))
@@ -162,12 +171,25 @@ def _compare(outputs: Sequence[torch.Tensor], floats: Sequence[torch.Tensor],
         check.lines.append(f"That is {grade}.")
 
 
-def _make_picture(patcher, clip, vae, prompt: str, settings: SamplingSettings,
+def _make_picture(patcher, clip, vae, prompt: str, settings: SamplingSettings, reference,
                   check: Check) -> None:
     check.picture = picture = sample_pictures(patcher, clip, vae, [prompt], settings)
     if not bool(picture.isfinite().all()):
         check.faults.append("the VAE makes NaN of its picture")
-    elif float(picture.std()) < 0.01:
-        check.faults.append("its picture is of one colour")
+    elif _is_plain(picture):
+        # Some prompts and sizes ask for that.
+        if reference is None:
+            check.lines.append("The picture is of one colour; look whether the prompt asks for "
+                               "that.")
+        elif _is_plain(sample_pictures(reference, clip, vae, [prompt], settings)):
+            check.lines.append("The picture is of one colour, as the float model's is; take "
+                               "another prompt to see more.")
+        else:
+            check.faults.append("its picture is of one colour, and the float model's is not")
     else:
         check.lines.append("The picture has colours and contrast; look at it.")
+
+
+def _is_plain(picture: torch.Tensor) -> bool:
+    """Whether there is nothing to see: all pixels are nearly of one colour."""
+    return float(picture.std((1, 2)).max()) < PLAIN

@@ -28,8 +28,9 @@ class CheckQuantizedModel(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Reads the prompt."),
                 io.Vae.Input("vae", tooltip="Decodes the picture."),
                 io.Model.Input("reference", optional=True,
-                               tooltip="The float model, to compare with. Leave it away for a "
-                                       "model with scales, which is meant to differ."),
+                               tooltip="The float model, to compare with; without it nothing is "
+                                       "said of how good the model is. Leave it away for a model "
+                                       "with scales, which is meant to differ."),
                 io.String.Input("prompt", multiline=True, default="a red star on a blue "
                                                                   "background",
                                 tooltip="Of the picture; something the model is good at."),
@@ -47,7 +48,9 @@ class CheckQuantizedModel(io.ComfyNode):
                 io.String.Output("report", display_name="report",
                                  tooltip="The verdict and what it rests on."),
                 io.Boolean.Output("usable", display_name="usable",
-                                  tooltip="False if the model must not be used."),
+                                  tooltip="False if the model must not be used. True if it "
+                                          "computes and, with a reference, is near it; without "
+                                          "one nothing is known of how good it is."),
                 io.Image.Output("picture", display_name="picture",
                                 tooltip="Of the prompt; black if the model cannot make one."),
             ],
