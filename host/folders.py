@@ -100,9 +100,9 @@ def output_path(prefix: str, suffix: str = ".safetensors",
 
     ``example`` of a good prefix is told when this one is none.
     """
-    if not prefix.strip() or "\0" in prefix:
-        raise QuantTuneError("The file name is empty or holds a NUL character; use a plain name "
-                             f"such as '{example}'.")
+    if not prefix.strip() or "\0" in prefix or prefix.encode(errors="replace").decode() != prefix:
+        raise QuantTuneError("The file name is empty, or holds a NUL or half a character; use a "
+                             f"plain name such as '{example}'.")
     directory = folder_paths.get_output_directory()
     try:
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, directory)

@@ -14,6 +14,7 @@ import torch
 from comfy.cli_args import args
 from PIL import Image
 
+from ..metrics.markdown import printable
 from ..metrics.report import FORMATS, Attachment, Picture, Report, Section, save_report
 from ..quant import QuantTuneError
 from .benchmark import device_name
@@ -71,7 +72,7 @@ def save_parts(title: str, note: str, parts: Sequence[Part], csv: str | None, pr
     report = Report(title.strip() or "Report", note, facts(), sections, attachments)
     base = output_path(prefix, "", EXAMPLE)
     written = save_report(report, base, format)
-    told = "\n".join([*(f"Saved {path}" for path in written), "", report.text()])
+    told = "\n".join([*(f"Saved {path}" for path in written), "", printable(report.text())])
     return str(written[0]), told
 
 
@@ -90,10 +91,18 @@ def facts() -> str:
             f"PyTorch {made['PyTorch']}")
 
 
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    """The host's IMAGE ``[..., C]`` with three channels, float32 in 0..1 on the CPU.
+
+    One channel is grey, two are grey and opacity; opacity is left out.
+    """
+    own = images[..., :3] if images.shape[-1] > 2 else images[..., :1]
+    return own.float().nan_to_num(0).clamp(0, 1).cpu().expand(*own.shape[:-1], 3)
+
+
 def as_picture(image: torch.Tensor) -> Image.Image:
     """One of the host's IMAGE, ``[H, W, C]`` float in 0..1, as a picture."""
-    pixels = (image[..., :3].float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu()
-    return Image.fromarray(pixels.expand(*pixels.shape[:2], 3).contiguous().numpy())
+    return Image.fromarray((as_rgb(image) * 255).round().byte().contiguous().numpy())
 
 
 def pictures_of(images: torch.Tensor | None, caption: str) -> list[Picture]:

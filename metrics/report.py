@@ -158,7 +158,8 @@ def save_report(report: Report, base: str | os.PathLike[str], format: str = BOTH
              if format in formats]
     # A name that ends in "_", as the host's savers make them, gives only one to the folder.
     folder = base.with_name(f"{base.name.rstrip('_')}_files")
-    new = [path for path in paths if not path.exists()]
+    # Not pathlib's, which raises for a name that is too long.
+    new = [path for path in paths if not os.path.exists(path)]
     # All of it before any of it is written: only the disk can fail then.
     page_text = report.html().encode() if format in (HTML, BOTH) else b""
     text, files = report.markdown(folder.name) if format in (MARKDOWN, BOTH) else ("", {})
@@ -188,7 +189,7 @@ def _write_with_folder(path: Path, text: bytes, folder: Path, files: dict[str, b
                 file.write(content)
         with written_whole(path) as file:
             file.write(text)
-            if folder.exists():
+            if os.path.exists(folder):
                 os.replace(folder, aside)
             if files:
                 os.replace(fresh, folder)
@@ -196,7 +197,7 @@ def _write_with_folder(path: Path, text: bytes, folder: Path, files: dict[str, b
     except BaseException as error:
         if placed:
             shutil.rmtree(folder, ignore_errors=True)
-        if aside.exists():
+        if os.path.exists(aside):
             with suppress(OSError):
                 os.replace(aside, folder)
         shutil.rmtree(fresh, ignore_errors=True)

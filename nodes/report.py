@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.save_report import Part, save_parts
+from ..host.save_report import Part, as_rgb, save_parts
 from ..metrics.report import FORMATS, HTML
 
 PARTS = "abcd"
@@ -60,7 +60,7 @@ class SaveReport(io.ComfyNode):
                  for p, heading in zip(PARTS, lines)]
         workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
         path, told = save_parts(title, note, parts, csv, filename_prefix, format, workflow)
-        shown = [ui.PreviewImage(part.images, cls=cls).as_dict() for part in parts
+        shown = [ui.PreviewImage(as_rgb(part.images), cls=cls).as_dict() for part in parts
                  if part.images is not None and len(part.images)]
         images = {"images": [entry for one in shown for entry in one["images"]],
                   "animated": (False,)} if shown else {}

@@ -34,6 +34,28 @@ def test_a_page_with_everything(node, host_folders):
     assert len(output.ui["images"]) == 3
 
 
+@pytest.mark.parametrize("channels,shown", [(1, "grey"), (2, "grey"), (4, "colour")])
+def test_pictures_of_other_channels(node, host_folders, channels, shown):
+    import folder_paths
+    from PIL import Image
+
+    values = torch.tensor([0.2, 0.6, 1.0, 0.5])[:channels].expand(1, 10, 12, channels)
+    output = run_node(node, chart_a=values, format="Markdown")
+    written, = Path(output.args[0].removesuffix("_.md") + "_files").glob("*.png")
+    preview, = output.ui["images"]
+    expected = (51, 51, 51) if shown == "grey" else (51, 153, 255)
+    for path in (written, Path(folder_paths.get_temp_directory()) / preview["filename"]):
+        assert Image.open(path).convert("RGB").getpixel((3, 3)) == expected
+
+
+def test_halves_of_characters(node):
+    half = "a \ud800 b"
+    output = run_node(node, title=half, note=half, headings=half, report_a=half, csv=half,
+                      format="both", chart_a=torch.zeros(1, 8, 8, 3))
+    assert "a \ufffd b" in Path(output.args[0]).read_text("utf-8")
+    assert output.ui["text"][0].encode()
+
+
 def test_both_kinds_with_numbers_of_their_own(node, host_folders):
     for number in (1, 2):
         path = run_node(node, report_d="Text", chart_d=torch.rand(1, 8, 8, 3), format="both",
@@ -78,6 +100,12 @@ def test_the_graph_comes_along_unless_the_host_keeps_no_metadata(node, monkeypat
     ({"report_a": "x", "filename_prefix": "/etc/x"}, "outside the output folder"),
     ({"report_a": "x", "filename_prefix": " "}, "empty"),
     ({"report_a": "x", "filename_prefix": "a\0b"}, "NUL"),
+    ({"report_a": "x", "filename_prefix": "a\ud800b"}, "half a character"),
+    ({"report_a": "x", "filename_prefix": "a" * 400}, "name is too long"),
+    ({"report_a": "x", "filename_prefix": "a" * 400, "format": "Markdown"}, "name is too long"),
+    ({"report_a": "x", "filename_prefix": "a" * 236, "format": "Markdown",
+      "chart_a": torch.zeros(1, 8, 8, 3)}, "name is too long"),
+    ({"report_a": "x", "filename_prefix": f"{'a' * 400}/b"}, "cannot be written"),
     ({"report_a": "x", "format": "PDF"}, "format is 'PDF'"),
 ])
 def test_refusals(node, host_folders, inputs, match):
