@@ -41,8 +41,9 @@ class LayerSensitivity(io.ComfyNode):
                                        "all of a kind at once: attention, feed-forward, ResNet…"),
                 io.Int.Input("forwards", default=8, min=1, max=1000,
                              tooltip="Steps of the sampler each change is judged on, spread over "
-                                     "prompts and timesteps. The time it takes is layers x "
-                                     "precisions x this many runs of the model."),
+                                     "prompts and timesteps. The time it takes is that of about "
+                                     "half of layers x precisions x this many runs of the "
+                                     "model."),
                 io.Int.Input("timestep_buckets", default=4, min=1, max=100,
                              tooltip="Equal parts of the timesteps that the heat map tells "
                                      "apart."),
