@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -192,7 +191,9 @@ def load_float(base: Mapping[str, Any]):
 def _reason(error: Exception) -> str:
     """Why a file could not be loaded, in words that a user can do something with."""
     # PyTorch advises to load such a file all the same, which would run the code in it.
-    if isinstance(error, (pickle.UnpicklingError, LookupError, EOFError, AttributeError)):
+    if (
+            type(error).__name__ == "UnpicklingError"
+            or isinstance(error, (LookupError, EOFError, AttributeError))):
         return "it is damaged, or holds more than tensors"
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
