@@ -6,7 +6,9 @@
    `_starter_quality.StarterQuality`; INT8 by PTQ and QAT are rows of `static_int8`, whose file is
    read (``--static``);
 2. *cost*: the same on a full-size SD1.5 UNet with random weights, steps of the sampler with
-   guidance at 64 x 64 latents, by *Benchmark Model*;
+   guidance at 64 x 64 latents, by *Benchmark Model*; *memory*: the peak of the resident set in two
+   such steps, each model in a process of its own, above that process with the host imported and
+   idle, weights included, what quantizing took not;
 3. *sensitivity*: of the starter's kinds of layers, by *Layer Sensitivity*;
 4. *plans*: searched mixed precision against uniform bits of the same size, on the starter.
 
@@ -19,18 +21,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from quanttune.benchmarks import static_int8
+from quanttune.benchmarks._sd15 import BF16, DYNAMIC, FP32, MIXED, ROWS, FullSize, memory_of
 from quanttune.benchmarks._starter_quality import SAMPLING, StarterQuality
 
-PARTS = ("quality", "sensitivity", "plans", "cost")
+PARTS = ("quality", "sensitivity", "plans", "cost", "memory")
 BUDGETS = (8.2, 6.0, 4.2, 3.2)
 """Bits a weight of the searched plans, scales included: 8.2, 4.2 and 3.2 are the sizes of uniform
 8, 4 and 3 bits of a model as small as the starter."""
-FP32, BF16, DYNAMIC, MIXED = "FP32", "BF16", "INT8, dynamic", "mixed: INT8 convolutions, BF16"
-STATIC = {"INT8, dynamic": static_int8.DYNAMIC, "INT8, PTQ": static_int8.PTQ,
+STATIC = {DYNAMIC: static_int8.DYNAMIC, "INT8, PTQ": static_int8.PTQ,
           "INT8, QAT": static_int8.QAT, "4-bit weights, PTQ": static_int8.GPTQ,
           "4-bit weights, QAT": static_int8.GPTQ_QAT}
 """Rows of the quality table to rows of `static_int8`."""
@@ -46,6 +50,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--runs", type=int, default=10, help="timed steps of the cost")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory-of", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     from quanttune.benchmarks.quantized_unet import start_host
 
@@ -54,10 +59,14 @@ def main(argv=None):
     import torch
 
     torch.set_num_threads(options.threads)
+    if options.memory_of:
+        with torch.inference_mode():
+            print(json.dumps(memory_of(options.memory_of)))
+        return
     results = Results(options.json)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         folder_paths.set_output_directory(folder)
-        if set(options.parts) - {"cost"}:
+        if set(options.parts) & set(PARTS[:3]):
             starter = Starter(options.images, results)
             results.keep_only("settings", starter.judge.settings,
                               ("quality", "plans", "sensitivity"))
@@ -68,6 +77,10 @@ def main(argv=None):
             how = {"runs": options.runs, "threads": options.threads}
             results.keep_only("cost_settings", how, ("cost",))
             results.once("cost", "table", lambda: cost(options.runs))
+    if "memory" in options.parts:
+        results.keep_only("memory_settings", {"threads": options.threads}, ("memory",))
+        for row in ROWS:
+            results.once("memory", row, lambda row=row: memory(row, options.threads))
     print(tables(results.found, integers(options.static, results.found.get("settings"))))
 
 
@@ -196,44 +209,26 @@ class Starter:
 
 
 def cost(runs: int) -> dict:
-    """Table II: name to time, memory and size of a step of SD1.5 with guidance."""
-    import comfy.model_patcher
+    """Table II: name to time and size of a step of SD1.5 with guidance."""
     import torch
 
-    from quanttune.benchmarks.quantized_unet import random_unet
     from quanttune.host.benchmark import benchmark
-    from quanttune.host.calibrate import Calibration, calibrate
-    from quanttune.host.dynamic_int8 import dynamic_int8, use_pytorch_attention
-    from quanttune.host.quantize import quantize_model
-    from quanttune.quant import QuantSpec
 
-    cpu, draw = torch.device("cpu"), torch.Generator().manual_seed(3)
-    prompt = [[torch.randn(1, 77, 768, generator=draw), {}]]
-
-    def model(dtype):
-        return comfy.model_patcher.ModelPatcher(random_unet(dtype), cpu, cpu)
-
-    fp32, bf16 = model(torch.float32), model(torch.bfloat16)
-    fast = model(torch.float32)
-    for made in (bf16, fast):
-        made.model_options["transformer_options"]["optimized_attention_override"] = (
-            use_pytorch_attention)
-    dynamic = dynamic_int8(fp32, precision="bfloat16")[0]
-    how = Calibration(samples=8, steps=8, dynamic_cross_attention=False)
-    four, _ = quantize_model(fp32, QuantSpec(4), dtypes=(torch.bfloat16, None))
-    models = [
-        (f"{FP32} (ComfyUI's default)", fp32), (f"{FP32}, PyTorch's attention", fast),
-        (BF16, bf16), (DYNAMIC, dynamic),
-        ("INT8, PTQ and QAT", calibrate(dynamic, {"samples": torch.zeros(1, 4, 32, 32)}, prompt,
-                                        (), how)[0]),
-        (MIXED, dynamic_int8(fp32, "convolutions", "bfloat16")[0]),
-        ("4-bit weights, INT8 products", dynamic_int8(four)[0]),
-    ]
-    found = benchmark(models, {"samples": torch.zeros(1, 4, 64, 64)}, prompt, prompt, 7.0, runs, 2,
-                      20)
+    models = FullSize()
+    found = benchmark([(row, models.make(row)) for row in ROWS],
+                      {"samples": torch.zeros(1, 4, 64, 64)}, models.prompt, models.prompt, 7.0,
+                      runs, 2, 20)
+    # Not the peaks: rows that share integers share what is laid out of them in their first step.
     return {"setting": found.setting, "rows": {
-        row[0]: dict(zip(("seconds", "spread", "ratio", "images_per_hour", "weights_mib",
-                          "peak_mib"), row[1:])) for row in found.rows()}}
+        row[0]: dict(zip(("seconds", "spread", "ratio", "images_per_hour", "weights_mib"),
+                         row[1:])) for row in found.rows()}}
+
+
+def memory(row: str, threads: int) -> dict:
+    """What `_sd15.memory_of` finds in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", row, "--threads", str(threads)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def integers(path: Path, settings: dict | None) -> dict[str, dict]:
@@ -257,9 +252,11 @@ def tables(found: dict, static: dict[str, dict]) -> str:
         lines += [f"| {name} | {_judged(run)} |" for name, run in quality.items()]
     if cost_ := found.get("cost", {}).get("table"):
         lines += ["", cost_["setting"], "", "| cost, SD1.5 | s a step | x FP32 | images an hour | "
-                  "weights MiB | peak above MiB |", "|---|---|---|---|---|---|"]
+                  "weights, MiB | peak memory, MiB (weights included) |",
+                  "|---|---|---|---|---|---|"]
+        peaks = {name: f"{m['peak_mib']:,.0f}" for name, m in found.get("memory", {}).items()}
         lines += [f"| {name} | {r['seconds']:.2f} ± {r['spread']:.0%} | {r['ratio']:.2f} | "
-                  f"{r['images_per_hour']:,.0f} | {r['weights_mib']:,.0f} | {r['peak_mib']:,.0f} |"
+                  f"{r['images_per_hour']:,.0f} | {r['weights_mib']:,.0f} | {peaks.get(name, '')} |"
                   for name, r in cost_["rows"].items()]
     if groups := found.get("sensitivity", {}).get("groups"):
         names = list(next(iter(groups.values())))
