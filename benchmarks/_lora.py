@@ -30,7 +30,9 @@ def inject_lora(unet, names, rank: int) -> list:
                     else:
                         torch.nn.init.zeros_(plain.weight)
                     adapters[key] = adapter = plain
-                adapter.to(next(p.device for p in unet.parameters() if not p.is_meta))
+                # peft takes the dtype of the base, which for packed integers says nothing.
+                adapter.to(next(p.device for p in unet.parameters() if not p.is_meta),
+                           torch.float32)
                 parameters += list(adapter.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)

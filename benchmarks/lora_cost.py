@@ -9,7 +9,7 @@
    *difference* is that of the output from the weight function's, largest over largest.
 2. *train*: steps of a LoRA of rank 16 on all layers with recomputed activations, over the 4-bit
    base and over a float one that is held in the precision of the training, each in a process of
-   its own, in turn.
+   its own, in turn, by the node's own trainer.
 
 Time is the process's processor time on one thread (``--threads``); memory is the peak resident set
 above the process with the host imported and idle, the weights included. What is in the JSON file
@@ -197,10 +197,8 @@ def train(path: str, dtype: str, base: str, options) -> dict:
     from quanttune.benchmarks.quantized_unet import rss, start_host
 
     start_host()
-    from comfy.cli_args import args
-
-    args.use_pytorch_cross_attention = True
     import torch
+    from peft import inject_adapter_in_model  # noqa: F401  its libraries are no cost of a training
 
     from quanttune.host.lora_train import pupil
     from quanttune.training.lora_config import LoraTraining
