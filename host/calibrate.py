@@ -25,11 +25,12 @@ from ..quant.spec import check_bits
 from ..training.state import load_state, save_state
 from .build import ATTACHMENT, QuantizedModel, quantized_model
 from .dynamic_int8 import CALIBRATED, SPEC, compute_dtype, dynamic_int8, kept_layers
+from .identity import identity_of
 from .int8 import OPTION
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
-from .quantize import originals, quantizable_layers, quantize_model, refuse_bypass_lora
+from .quantize import quantizable_layers, quantize_model, refuse_bypass_lora
 from .routing import OPTION as ROUTER
 from .run import RUNS
 from .samples import Samples
@@ -333,27 +334,6 @@ def _packed(weight: QuantizedWeight) -> dict:
 
 def _unpacked(facts: dict) -> QuantizedWeight:
     return QuantizedWeight(**{**facts, "shape": tuple(facts["shape"])})
-
-
-def identity_of(patcher) -> str:
-    """Of what a MODEL computes: its weights, patches, scales and sampling."""
-    own = quantized_model(patcher)
-    digest = hashlib.sha256(str(patcher.patches_uuid).encode() if patcher.patches else b"")
-    sampling = patcher.get_model_object("model_sampling")
-    digest.update(repr([c.__name__ for c in type(sampling).__mro__]).encode())
-    for key, value in sorted(sampling.state_dict().items()):
-        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-    router = patcher.model_options["transformer_options"].get(ROUTER)
-    if router is not None:
-        digest.update(router.digest.encode())
-    if own is not None:
-        return own.fingerprint + digest.hexdigest()
-    for key, entry in sorted(originals(patcher).items()):
-        weight = entry[0][0]
-        digest.update(f"{key}{tuple(weight.shape)}".encode())
-        flat = weight.flatten()
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _ranges(watch: ActivationWatch, how: Calibration) -> ActivationRanges:

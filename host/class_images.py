@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..quant import QuantTuneError
 from ..training.data import TrainingImages
-from .calibrate import identity_of as model_identity
 from .encode import identity_of, reader_of
+from .identity import identity_of as model_identity
 from .images import fitted
 from .pictures import SamplingSettings, sample_pictures
 

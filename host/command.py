@@ -103,6 +103,12 @@ def train_scales(path: str | Path) -> int:
     output = config["output"]
     folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
     target = Path(output.get("scales", folder / "scales.safetensors"))
+    if target.is_dir():
+        raise QuantTuneError(f"The file {target} for the scales, of [output] in {path}, is a "
+                             "folder; give the name of a file.")
+    if "lora" in output:
+        raise QuantTuneError(f"The configuration {path} has 'lora' in [output], but scales are "
+                             "trained; write 'scales'.")
     for place in (folder, target.parent):
         make_folder(place, f"of [output] in {path}")
     with torch.inference_mode():
@@ -236,7 +242,8 @@ def _metadata(denoiser, model, name, subject, training):
     from .build import quantized_model
 
     bits = [w.bits for w in quantized_model(model).checkpoint.layers.values()]
-    return ScaleMetadata(base_fingerprint=denoiser.fingerprint, base_name=name, subject=subject,
+    return ScaleMetadata(base_fingerprint=quantized_model(model).fingerprint, base_name=name,
+                         subject=subject,
                          bits=max(set(bits), key=bits.count),
                          extra={"mode": training.mode, "settings": training.asdict()})
 

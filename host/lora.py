@@ -10,7 +10,7 @@ from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter
 
-from ..quant import LowRank
+from ..quant import LowRank, QuantTuneError
 from .layout import is_uniform
 from .ops import scaled_layers
 
@@ -30,6 +30,33 @@ def keep_integers_under_patches(patcher) -> None:
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _unbake)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _forget)
+
+
+def hold_patches(patcher, dora: bool = False) -> None:
+    """Make the patches of a loaded MODEL part of its layers, for as long as it exists.
+
+    While adapters of a training stand around its layers, the host cannot find these by the names
+    that patches have: unloading would lose the patches, or fail. Only for a MODEL of its own.
+
+    dora: whether magnitudes will be learnt, which are of the weight alone.
+
+    Raises QuantTuneError for patches that packed integers cannot hold.
+    """
+    packed = [name for name, module in scaled_layers(patcher.model).items()
+              if f"{name}.weight" in patcher.patches and is_uniform(module.weight)]
+    if packed and dora:
+        raise QuantTuneError("DoRA cannot be trained on a quantized MODEL that carries a LoRA; "
+                             "train it on the model from before the LoRA, or set dora to false.")
+    for name in packed:
+        module = patcher.model.get_submodule(name)
+        if any(_is_patch(function) for function in module.weight_function):
+            raise QuantTuneError(
+                f"This quantized MODEL carries a patch on '{name}' that is no plain LoRA (DoRA, "
+                "LoHa, a merge), which nothing can be trained on; train on the model from before "
+                "it, or use 'Merge LoRA into Quantized UNet' first.")
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    patcher.patches, patcher.backup = {}, {}
 
 
 def _is_patch(function) -> bool:

@@ -43,6 +43,12 @@ def train_lora(path: str | Path) -> int:
 
     folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
     target = Path(output.get("lora", folder / "lora.safetensors"))
+    if target.is_dir():
+        raise QuantTuneError(f"The file {target} for the LoRA, of [output] in {path}, is a folder; "
+                             "give the name of a file.")
+    if "scales" in output:
+        raise QuantTuneError(f"The configuration {path} has 'scales' in [output], but a LoRA is "
+                             "trained; write 'lora'.")
     for place in (folder, target.parent):
         make_folder(place, f"of [output] in {path}")
     start = read_lora(base["lora"]) if base.get("lora") else None

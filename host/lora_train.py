@@ -20,7 +20,8 @@ from ..training.lora_config import LoraTraining
 from ..training.lora_trainer import LoraResult, LoraTrainer
 from ..training.nf4 import nf4_layers
 from .build import quantized_model
-from .calibrate import identity_of
+from .identity import identity_of
+from .lora import hold_patches
 from .lora_file import LoraWeights, export_lora, import_lora, save_lora
 from .ops import scaled_layers
 from .quantize import PREFIX
@@ -111,6 +112,7 @@ def pupil(patcher, config: LoraTraining, base: str = AS_IT_IS, clip=None,
             denoiser = stack.enter_context(float_training_copy(
                 patcher, identity_of(patcher) + ("nf4" if with_nf4 else ""), config.precision))
             bits = "NF4 weights" if with_nf4 else "float weights"
+        hold_patches(denoiser.patcher, config.dora)
         unet = denoiser.base.diffusion_model
         names = config.chosen(scaled_layers(unet))
         stack.enter_context(torch.inference_mode(False))
@@ -161,9 +163,6 @@ def train_lora(
     are returned. Other arguments are those of `pupil` and `train.train`. Raises QuantTuneError
     for whatever a user can mend.
     """
-    if config.train_text_encoder and not any(data.captions):
-        raise QuantTuneError("train_text_encoder needs captions; train on images that have some, "
-                             "or set it to false.")
     with pupil(patcher, config, base, clip, start) as learner:
         folder = run_folder(name)
 

@@ -17,8 +17,9 @@ from ..quant.int8 import ActivationRanges
 from ..quant.qat import FakeQuantLayer
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
-from .calibrate import Calibration, identity_of
+from .calibrate import Calibration
 from .explain import explained
+from .identity import identity_of
 from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord

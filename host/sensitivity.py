@@ -16,8 +16,8 @@ from ..quant import QuantizedWeight, QuantSpec, QuantTuneError, shortcut_splits
 from ..quant.groups import group_of
 from ..quant.int8 import quantize_tensor
 from .build import quantized_model, resident
-from .calibrate import identity_of
 from .explain import explained
+from .identity import identity_of
 from .observe import ForwardRecord
 from .quantize import quantizable_layers
 from .replay import Replay

@@ -60,7 +60,7 @@ def train(
     with training_copy(patcher, config.precision) as denoiser:
         bits = [w.bits for w in quantized.checkpoint.layers.values()]
         metadata = ScaleMetadata(
-            base_fingerprint=denoiser.fingerprint, base_name=quantized.name, subject=subject,
+            base_fingerprint=quantized.fingerprint, base_name=quantized.name, subject=subject,
             bits=max(set(bits), key=bits.count),
             extra={"mode": config.mode, "settings": config.asdict()})
         with replaced(name, anew):

@@ -15,10 +15,11 @@ from ..quant import LayerScales, QuantTuneError
 from .build import adopt, quantized_model
 from .dynamic_int8 import use_pytorch_attention
 from .explain import explained
+from .identity import patches_digest
 from .int8 import OPTION as INT8
 from .layout import is_uniform
 from .ops import scaled_layers
-from .quantize import float_model
+from .quantize import float_model, refuse_bypass_lora
 from .routing import OPTION, layer_shapes, timestep_units
 
 KINDS = {"EPS": "eps", "V_PREDICTION": "v", "EDM": "edm", "CONST": "flow", "X0": "x0",
@@ -27,6 +28,8 @@ KINDS = {"EPS": "eps", "V_PREDICTION": "v", "EDM": "edm", "CONST": "flow", "X0":
 """The loss of each of the host's classes of prediction; None: not known."""
 
 
+INSTEAD = "use 'Load LoRA' before the training instead"
+"""Of a bypass LoRA."""
 PROBE = 16
 """Height and width in latents of the forward that shows whether a family can be trained."""
 
@@ -222,7 +225,9 @@ def training_copy(patcher, precision: str = "auto") -> Iterator[HostDenoiser]:
     if quantized is None:
         raise QuantTuneError("Scales can only be trained on a quantized MODEL; put 'Quantize "
                              "UNet' or 'Load Quantized UNet' before the training.")
-    with _loaded_copy(patcher, quantized.fingerprint, precision) as denoiser:
+    refuse_bypass_lora(patcher, INSTEAD)
+    fingerprint = quantized.fingerprint + patches_digest(patcher)
+    with _loaded_copy(patcher, fingerprint, precision) as denoiser:
         yield denoiser
 
 
@@ -234,6 +239,7 @@ def float_training_copy(patcher, fingerprint: str, precision: str = "auto"
     They are kept in the MODEL's own dtype, or in bfloat16 where that is computed in.
     ``fingerprint`` is what runs know the MODEL by.
     """
+    refuse_bypass_lora(patcher, INSTEAD)
     device = comfy.model_management.get_torch_device()
     compute = _compute_dtype(precision, device)
     kept = patcher.model.get_dtype() if compute == torch.float32 else compute

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..quant import QuantTuneError
 from .adapters import Adapters
 from .data import TrainingSet
 from .denoising import Denoiser, DenoisingTrainer
@@ -82,6 +83,9 @@ class LoraTrainer(DenoisingTrainer):
         Raises:
             QuantTuneError: no examples, or a state that does not belong to these settings.
         """
+        if reader is not None and not any(data.captions):
+            raise QuantTuneError("train_text_encoder needs captions; train on images that have "
+                                 "some, or set it to false.")
         super().__init__(denoiser, data, config, folder, 1, empty, trackers, accelerator)
         self.learns, self.reader, self.start = dict(learns), reader, start
         self.keep = keep
@@ -154,10 +158,15 @@ class LoraTrainer(DenoisingTrainer):
         """See `TrainingLoop.load`."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                if parameter.shape != value.shape:
-                    raise ValueError("shapes")
+                if parameter.shape != value.shape or not bool(value.isfinite().all()):
+                    raise ValueError("parameters")
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter in self.parameters if self.step else ():
+            moments = self.optimizer.state[parameter]
+            if not any(name in moments and moments[name].shape == parameter.shape
+                       for name in ("exp_avg", "state1")):
+                raise ValueError("moments")
 
 
 class _seeded:

@@ -320,7 +320,8 @@ def test_a_state_of_wrong_content_is_done_again(state, tmp_path, monkeypatch):
 
 
 def test_what_changes_the_observations_changes_the_state(tmp_path):
-    from quanttune.host.calibrate import Calibration, identity_of
+    from quanttune.host.calibrate import Calibration
+    from quanttune.host.identity import identity_of
     from quanttune.host.samples import Samples
 
     source = models.small_model()

@@ -101,7 +101,8 @@ def test_a_lora_run_writes_a_file_and_goes_on_from_it(base, tmp_path, comfy_inpr
 
 @pytest.mark.parametrize("text,match", [
     ("[training]\nepochs='2'", "epochs = '2'"), ("[training]\nnum_experts=2", "num_experts"),
-    ("[training]\nrank=0", "rank is 0"),
+    ("[training]\nrank=0", "rank is 0"), ("scales='x.safetensors'", "write 'lora'"),
+    ("lora='/'", "is a folder"),
 ])
 def test_bad_lora_settings(text, match, tmp_path):
     path = tmp_path / "config.toml"

@@ -59,6 +59,15 @@ def settings(**changes):
                            "preview_every": 0, **changes})
 
 
+def some_lora(model, seed=5, dora=False):
+    """A LORA_MODEL for a float or quantized MODEL of the small SD15."""
+    from quanttune.host.lora_file import export_lora
+    from quanttune.tests.host.lora_models import random_layers
+
+    source = models.small_model()
+    return export_lora(random_layers(source, seed=seed, amount=0.1, dora=dora), source)
+
+
 def train(model, base="as it is", name="run", data=None, **changes):
     from quanttune.host.lora_train import train_lora
 
@@ -226,6 +235,64 @@ def test_training_goes_on_from_a_file(changes, output_folder, tmp_path):
         train(model, name="second", **changes)
 
 
+@pytest.mark.parametrize("base", list(BASES))
+def test_a_lora_beneath_stays_when_the_host_makes_room(base, output_folder, monkeypatch):
+    """As on a small card: the copy is unloaded for the previews' decoder and loaded again."""
+    import comfy.model_management as management
+
+    from quanttune.host import run
+    from quanttune.host.pictures import SamplingSettings
+
+    model, over = base_of(base)
+    under = stock_loaded(model, some_lora(model))
+    quiet = train(under, over, "quiet").result.history
+    looks = []
+
+    def evicting(copy, *args):
+        looks.append(answer(copy))
+        management.unload_all_models()
+        return torch.zeros(1, 8, 8, 3)
+
+    monkeypatch.setattr(run, "sample_pictures", evicting)
+    look = run.Validation(["x"], SamplingSettings(64, 64), None, None)
+    watched = train(under, over, "watched", validation=look, preview_every=2).result.history
+    assert [r.loss for r in watched] == [r.loss for r in quiet]
+    assert len(looks) == 4
+    bare = train(model, over, "bare").result.history
+    assert quiet[0].loss != bare[0].loss, "it trains on the MODEL with its LoRA"
+
+
+@pytest.mark.parametrize("base", ["float", "4 bits"])
+def test_a_run_goes_on_over_the_same_lora_and_no_other(base, output_folder, monkeypatch):
+    from quanttune.host import run
+
+    model, over = base_of(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Watcher, "__call__", lambda self, p: p.record.step == 3)
+        train(stock_loaded(model, some_lora(model)), over)
+    with pytest.raises(QuantTuneError, match="another base model"):
+        train(stock_loaded(model, some_lora(model, seed=6)), over)
+    with pytest.raises(QuantTuneError, match="another base model"):
+        train(model, over)
+    rest = train(stock_loaded(model, some_lora(model)), over)
+    assert len(rest.result.history) == 5, "loaded again, as after a restart"
+
+
+def test_what_nothing_can_be_trained_on(output_folder):
+    import comfy.sd
+
+    for bits in (None, 4):
+        model = models.small_model() if bits is None else models.quantize(models.small_model())[0]
+        bypass = comfy.sd.load_bypass_lora_for_models(model, None, some_lora(model), 1.0, 0)[0]
+        with pytest.raises(QuantTuneError, match="bypass LoRA.*before the training"):
+            train(bypass)
+    with pytest.raises(QuantTuneError, match="DoRA cannot be trained"):
+        train(stock_loaded(model, some_lora(model)), dora=True)
+    with pytest.raises(QuantTuneError, match="no plain LoRA"):
+        train(stock_loaded(model, some_lora(model, dora=True)))
+    assert answer(model).isfinite().all()
+
+
 def starter():
     from quanttune.starter.load import load_starter
 
@@ -302,8 +369,7 @@ def test_half_precision_trains(output_folder):
 @pytest.mark.parametrize("changes,match", [
     ({"base": "NF4", "model": "4 bits"}, "quantized already"),
     ({"base": "INT4"}, "base is 'INT4'"),
-    ({"train_text_encoder": True}, "needs captions"),
-    ({"train_text_encoder": True, "captions": True}, "needs a CLIP"),
+    ({"train_text_encoder": True}, "needs a CLIP"),
     ({"rank": 512}, "rank 512 is larger than every layer"),
     ({"targets": "pattern below", "pattern": "nope"}, "name no layer"),
     ({"caption_dropout": 0.5}, "empty caption"),
@@ -311,7 +377,7 @@ def test_half_precision_trains(output_folder):
 def test_what_a_user_can_mend(changes, match, output_folder):
     changes = dict(changes)
     model, _ = base_of(changes.pop("model", "float"))
-    data = examples(model, captions=changes.pop("captions", False))
+    data = examples(model)
     with pytest.raises(QuantTuneError, match=match) as caught:
         train(model, changes.pop("base", "as it is"), data=data, **changes)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from quanttune.quant import QuantTuneError
 from quanttune.tests.training.lora_toy import LoraToyDenoiser, trainer
 from quanttune.tests.training.test_trainer import start_script, two_ranks
 from quanttune.tests.training.toy import toy_set
+from quanttune.training.lora_trainer import LoraTrainer
 
 
 def losses(folder):
@@ -95,6 +97,32 @@ def test_dropout_leaves_the_generator_alone(tmp_path):
         torch.manual_seed(1)
         run.one_step()
         assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_text_encoder_needs_captions(tmp_path):
+    with trainer(tmp_path) as run:
+        mute = replace(run.data, captions=("",) * 5)
+        with pytest.raises(QuantTuneError, match="needs captions"):
+            LoraTrainer(run.denoiser, run.learns, mute, run.config, tmp_path, reader=object())
+
+
+@pytest.mark.parametrize("damage", ["moments", "shapes", "nan"])
+def test_a_state_of_other_contents_is_damaged(damage, tmp_path):
+    with trainer(tmp_path) as run:
+        run.run(lambda p: p.record.step == 3)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    moments = state["optimizer"]["state"]
+    if damage == "moments":
+        state["optimizer"]["state"] = {}
+    elif damage == "shapes":
+        moments[0]["exp_avg"] = torch.zeros(7)
+    else:
+        state["parameters"][0][0] = float("nan")
+    torch.save(state, path)
+    with pytest.raises(QuantTuneError, match="damaged"):
+        with trainer(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("change,match", [
