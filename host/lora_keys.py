@@ -28,6 +28,12 @@ _OTHER = re.compile(
     r"[ab][12]\.weight)|[._]lora(?:_\w+)?(?:\..+)?)")
 
 
+def brief(text: object, most: int = 100) -> str:
+    """What a file says, for a message: in one line of no more than ``most`` characters."""
+    line = " ".join(str(text)[:8 * most].split())
+    return line if len(line) <= most else line[:most - 1] + "…"
+
+
 def layer_and_role(key: str) -> tuple[str, str]:
     """A tensor's name in a file as the name of its layer and what it is for.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -20,6 +19,7 @@ from .lora_keys import (
     PEFT_BIAS,
     PEFT_MAGNITUDE,
     UP,
+    brief,
     by_layer,
 )
 
@@ -27,6 +27,8 @@ CONFIG_KEY = "lora_adapter_metadata"
 """Where diffusers keeps peft's settings in a file's metadata, each behind the part's name."""
 CONFIG_FILE = "adapter_config.json"
 """Where peft keeps its settings, beside the file."""
+LARGEST = 1e9
+"""A larger alpha is no alpha but damage."""
 WRAPPER = "base_model.model."
 ENCODERS = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",),
             "text_encoder_3": ("lora_te3_",)}
@@ -121,21 +123,26 @@ def _alpha(layer: str, rank: int, config: Mapping) -> float:
     part, _, name = layer.partition(".")
     own = {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")}
     own, name = (own, name) if own else (config, layer)
-    alpha = own.get("lora_alpha", rank)
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
+    alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise QuantTuneError("The settings that came with the LoRA have an alpha_pattern that is "
+                             "no table of names and alphas; save it again.")
+    for pattern, value in patterns.items():
         if _matches(pattern, name.removeprefix(WRAPPER)):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise QuantTuneError(f"The settings that came with the LoRA give '{layer}' an alpha of "
-                             f"{alpha!r}, which is no number; save it again.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (
+            -LARGEST <= alpha <= LARGEST):
+        raise QuantTuneError(f"The settings that came with the LoRA give '{brief(layer)}' an alpha "
+                             f"of {brief(repr(alpha), 60)}, which is no number of use; save it "
+                             "again.")
     return float(alpha) * (rank ** 0.5 if own.get("use_rslora") else 1.0)
 
 
 def _matches(pattern: str, name: str) -> bool:
     try:
         return bool(re.match(rf"(.*\.)?({pattern})$", name))
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
 
 

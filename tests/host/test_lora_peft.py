@@ -111,7 +111,11 @@ def test_text_encoders_of_diffusers_and_peft(prefix, middle, clip):
 
 
 @pytest.mark.parametrize("text,message", [("{", "cannot be read"), ("[]", "no JSON object"),
-                                          ('{"lora_alpha": "x"}', "an alpha of 'x'")])
+                                          ('{"lora_alpha": "x"}', "an alpha of 'x'"),
+                                          ('{"alpha_pattern": [1]}', "an alpha_pattern that is no"),
+                                          ('{"lora_alpha": 1%s}' % ("0" * 400), "0…, which is no"),
+                                          ('{"lora_alpha": NaN}', "an alpha of nan"),
+                                          ('{"lora_alpha": Infinity}', "an alpha of inf")])
 def test_damaged_settings_of_peft(text, message, tmp_path):
     from quanttune.host.lora_file import import_lora, read_lora
     from quanttune.quant import QuantTuneError
