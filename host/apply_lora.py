@@ -30,13 +30,17 @@ def apply_lora(model, clip, lora: Mapping[str, Tensor], strength_model: float,
         QuantTuneError: as `lora_fit.fit_lora`.
     """
     name = name or getattr(lora, "name", "the LoRA")
-    fit = fit_lora(lora, model, clip, name)
-    strengths = f"strength {check_strength(strength_model):g}"
+    strength_model = check_strength(strength_model)
+    strengths, largest = f"strength {strength_model:g}", abs(strength_model)
+    if clip is not None:
+        strength_clip = check_strength(strength_clip)
+        strengths += f", {strength_clip:g} on the text encoder"
+        largest = max(largest, abs(strength_clip))
+    fit = fit_lora(lora, model, clip, name, largest)
     patched = model.clone()
     in_model = patched.add_patches(fit.patches, strength_model) if strength_model else []
     if clip is not None:
         clip = clip.clone()
-        strengths += f", {check_strength(strength_clip):g} on the text encoder"
         if strength_clip:
             clip.add_patches(fit.patches, strength_clip)
     lines = [f"'{name}': {fit}, {strengths}."]

@@ -17,7 +17,7 @@ from ..quant.safe_file import read_with_strings, write_safetensors
 from ..training.lora_layer import LoraLayer
 from .folders import output_path
 from .lora_fit import check_tensors, fit_lora
-from .lora_keys import ALPHA, DOWN, KOHYA, MAGNITUDE, UP, by_layer, file_names
+from .lora_keys import ALPHA, DOWN, KOHYA, MAGNITUDE, UP, brief, by_layer, file_names
 from .lora_metadata import describe, on_saving
 from .lora_peft import CONFIG_FILE, CONFIG_KEY, WRAPPER
 
@@ -177,8 +177,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraWeights:
         try:
             metadata[CONFIG_KEY] = config.read_text("utf-8")
         except (OSError, ValueError) as error:
-            raise QuantTuneError(f"The file {config} cannot be read ({error}); remove it, or save "
-                                 "the LoRA again.") from error
+            raise QuantTuneError(f"The file {config} cannot be read ({brief(error)}); remove it, "
+                                 "or save the LoRA again.") from error
     lora = LoraWeights(tensors, metadata, path.name)
     check_tensors(lora, path.name)
     return lora
@@ -232,6 +232,6 @@ def _as(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
         return tensor
     converted = tensor.to(dtype)
     if not bool(converted.isfinite().all()):
-        raise QuantTuneError(f"'{key}' holds values of up to {tensor.abs().max():.3g}, too large "
-                             "for float16; save it as bfloat16 or float32.")
+        raise QuantTuneError(f"'{brief(key)}' holds values of up to {tensor.abs().max():.3g}, too "
+                             "large for float16; save it as bfloat16 or float32.")
     return converted

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..training.lora_layer import largest_rank
-from .lora_keys import ALPHA, DOWN, UP, by_layer, key_map
+from .lora_keys import ALPHA, DOWN, UP, brief, by_layer, key_map
 from .lora_peft import ENCODERS, WRAPPER, normalised, peft_config
 
 ENOUGH = 0.5
 """A LoRA of which less than this share of layers fits is for another model."""
+LIMIT = torch.finfo(torch.float16).max
+"""A LoRA that changes a value of a weight by more overflows a model in half precision."""
 OTHER = "use a LoRA that was made for this model"
 AGAIN = "download or save it again"
 
@@ -64,7 +66,8 @@ class LoraFit:
         notes = []
         if self.unknown:
             notes.append(f"Warning: {len(self.unknown)} parts of '{self.name}' have no place in "
-                         f"this model and are left out (first: '{self.unknown[0]}').")
+                         "this model and are left out (first: "
+                         f"'{brief(self.unknown[0])}').")
         if self.encoders:
             notes.append(f"It also changes {self.encoders} layers of the text encoder; connect a "
                          "CLIP to use them.")
@@ -75,7 +78,7 @@ class LoraFit:
 
 
 def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
-             name: str = "the LoRA") -> LoraFit:
+             name: str = "the LoRA", strength: float = 1.0) -> LoraFit:
     """Read a LoRA for a MODEL and a CLIP, and check it.
 
     Args:
@@ -83,10 +86,12 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
         model: MODEL or None.
         clip: CLIP or None; without one the layers of text encoders are left out.
         name: for messages.
+        strength: the largest, without its sign, that it will be used at.
 
     Raises:
         QuantTuneError: no LoRA at all, NaN, half of a pair, less than half of the layers in this
-            model, or a shape that does not fit.
+            model, a shape that does not fit, what the host cannot compute, or changes of a weight
+            above `LIMIT`.
     """
     check_tensors(lora, name)
     keys = key_map(model, clip)
@@ -96,6 +101,8 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
                               peft_config(getattr(lora, "metadata", {})), weights)
     except QuantTuneError as error:
         raise QuantTuneError(f"'{name}': {error}") from error
+    except Exception as error:  # of the host's converters, which trust a file's shapes
+        raise QuantTuneError(f"'{name}' cannot be read ({_reason(error)}); {AGAIN}.") from error
     found, encoders, unknown = 0, 0, []
     for layer in by_layer(readable):
         if layer in keys:
@@ -107,7 +114,10 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
     layers = found + len(unknown)
     if found < ENOUGH * layers or not found:
         raise QuantTuneError(_no_fit(name, found, layers, encoders, unknown, lora, model))
-    patches = comfy.lora.load_lora(readable, keys, log_missing=False)
+    try:
+        patches = comfy.lora.load_lora(readable, keys, log_missing=False)
+    except Exception as error:  # of the host's adapters, which trust a file to be whole
+        raise QuantTuneError(f"'{name}' cannot be read ({_reason(error)}); {AGAIN}.") from error
     ranks, alphas, kinds, too_high = Counter(), Counter(), Counter(), ""
     for target, patch in list(patches.items()):
         layer, shape = _layer(target), weights.shape(target)
@@ -115,15 +125,24 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
             unknown.append(_key(target))
             del patches[target]
             continue
-        if not isinstance(patch, LoRAAdapter):
+        if isinstance(patch, LoRAAdapter):
+            up, down, alpha, *_ = patch.weights
+            ranks[down.shape[0]] += 1
+            alphas[down.shape[0] if alpha is None else alpha] += 1
+            _check_shape(name, layer, patch, shape, lora)
+            if down.shape[0] > largest_rank(shape) and not too_high:
+                too_high = layer
+        else:
             kinds[_kind(patch)] += 1
-            continue
-        up, down, alpha, *_ = patch.weights
-        ranks[down.shape[0]] += 1
-        alphas[down.shape[0] if alpha is None else alpha] += 1
-        _check_shape(name, layer, patch, shape, lora)
-        if down.shape[0] > largest_rank(shape) and not too_high:
-            too_high = layer
+        try:
+            change = _change(patch, _key(target), shape, strength)
+        except Exception as error:  # as above
+            raise QuantTuneError(f"'{name}' cannot be used on the layer '{layer}' "
+                                 f"({_reason(error)}); {AGAIN}, or {OTHER}.") from error
+        if not change <= LIMIT:
+            raise QuantTuneError(f"'{name}' at strength {strength:g} changes the layer '{layer}' "
+                                 f"by more than half precision holds ({LIMIT:g}); {AGAIN}, or use "
+                                 "a lower strength.")
     return LoraFit(name, patches, found, layers, tuple(unknown), encoders, ranks, alphas, kinds,
                    too_high)
 
@@ -192,23 +211,23 @@ def check_tensors(lora, name: str) -> None:
     for key, tensor in lora.items():
         # Of 8-bit floats torch cannot ask.
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise QuantTuneError(f"'{name}' holds NaN or infinite values in '{key}'; {AGAIN}, or "
-                                 "train it with a lower learning rate.")
+            raise QuantTuneError(f"'{name}' holds NaN or infinite values in '{brief(key)}'; "
+                                 f"{AGAIN}, or train it with a lower learning rate.")
     for layer, tensors in by_layer(lora).items():
-        halves = {DOWN, UP} & tensors.keys()
+        halves, short = {DOWN, UP} & tensors.keys(), brief(layer)
         if len(halves) == 1:
             (have,), (lack,) = halves, {DOWN, UP} - halves
-            raise QuantTuneError(f"'{name}' has the {have} half of the layer '{layer}' without its "
+            raise QuantTuneError(f"'{name}' has the {have} half of the layer '{short}' without its "
                                  f"{lack} half; {AGAIN}.")
         if halves:
             down, up = lora[tensors[DOWN]], lora[tensors[UP]]
             if min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0] or not down.numel():
                 raise QuantTuneError(
                     f"'{name}' has halves of shapes {list(down.shape)} and {list(up.shape)} for "
-                    f"the layer '{layer}', which do not belong together; {AGAIN}.")
+                    f"the layer '{short}', which do not belong together; {AGAIN}.")
         if ALPHA in tensors and lora[tensors[ALPHA]].numel() != 1:
             raise QuantTuneError(f"'{name}' has {lora[tensors[ALPHA]].numel()} values for the one "
-                                 f"number '{tensors[ALPHA]}'; {AGAIN}.")
+                                 f"number '{brief(tensors[ALPHA])}'; {AGAIN}.")
 
 
 def _of_encoder(layer: str) -> bool:
@@ -218,9 +237,11 @@ def _of_encoder(layer: str) -> bool:
 
 
 def _check_shape(name, layer, patch: LoRAAdapter, shape, lora) -> None:
-    up, down, _, mid, _, reshape = patch.weights
-    if reshape is not None:
-        shape = tuple(reshape)
+    up, down, _, mid, magnitude, reshape = patch.weights
+    sides = " x ".join(map(str, shape))
+    if reshape is not None and reshape != list(shape):
+        raise QuantTuneError(f"'{name}' makes the layer '{layer}' another shape than the {sides} "
+                             f"it has in this model; {OTHER}.")
     inputs = down.shape[1] * math.prod(mid.shape[2:]) if mid is not None else (
         math.prod(down.shape[1:]))
     if (up.shape[0], inputs) != (shape[0], math.prod(shape[1:])):
@@ -229,6 +250,69 @@ def _check_shape(name, layer, patch: LoRAAdapter, shape, lora) -> None:
             f"'{name}' does not fit this model: for '{layer}' it is made for a weight of "
             f"{up.shape[0]} x {inputs} values and the layer has {shape[0]} x "
             f"{math.prod(shape[1:])}{f' (it seems to be for {seems})' if seems else ''}; {OTHER}.")
+    if magnitude is not None and not _along(magnitude, shape):
+        raise QuantTuneError(f"'{name}' has a dora_scale of shape {list(magnitude.shape)} for the "
+                             f"layer '{layer}' of {sides} values, which has to hold one for each "
+                             f"output or input; {AGAIN}.")
+
+
+def _along(magnitude: Tensor, shape) -> bool:
+    """Whether the host multiplies each output or each input of a weight by one magnitude."""
+    if not magnitude.ndim or len(shape) < 2:
+        return False
+    axis = int(magnitude.shape[0] != shape[0])
+    own = axis + magnitude.ndim - len(shape)
+    return own >= 0 and magnitude.shape[own] == shape[axis] == magnitude.numel()
+
+
+def _change(patch, key: str, shape, strength: float) -> float:
+    """How much a patch may change a value of a weight: a bound, exact if it is above `LIMIT`.
+
+    Raises whatever the host does, and ValueError for a patch that it would pass over.
+    """
+    if isinstance(patch, tuple):
+        kind, (values, *_) = patch
+        if values.shape != shape:
+            raise ValueError(f"it holds {list(values.shape)} values, the layer {list(shape)}")
+        return _peak(values) * (1.0 if kind == "set" else strength)
+    if not isinstance(patch, LoRAAdapter) or patch.weights[3] is not None or (
+            patch.weights[5] is not None):
+        return _trial(patch, key, shape) * strength
+    up, down, alpha, _, magnitude, _ = patch.weights
+    factor = strength * (1.0 if alpha is None else abs(alpha) / down.shape[0])
+    largest = _peak(up) * _peak(down) * down.shape[0] * factor
+    # The host scales the product, not the factors.
+    if not largest <= min(LIMIT, torch.finfo(torch.float32).max * factor):
+        largest = _peak(up.float().flatten(1) @ down.float().flatten(1)) * factor
+    return largest if magnitude is None else largest + _peak(magnitude) * strength
+
+
+def _trial(patch, key: str, shape) -> float:
+    """The largest value that an adapter of the host's adds to a weight of ones."""
+    changes = []
+
+    def kept(change):
+        changes.append(_peak(change))
+        # So that also an adapter of zeros leaves a trace where the host came to its end.
+        return torch.full_like(change, 0.7)
+
+    with torch.no_grad():
+        result = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, kept)], torch.ones(shape),
+                                             key)
+    if not changes or result.shape != shape or bool((result == 1).all()):
+        raise ValueError(f"ComfyUI cannot compute it for a weight of {list(shape)} values")
+    return changes[0] if bool(result.isfinite().all()) else math.inf
+
+
+def _peak(tensor: Tensor) -> float:
+    return float(tensor.detach().float().abs().max()) if tensor.numel() else 0.0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {brief(error)}"
+    missing = isinstance(error, (AttributeError, TypeError))
+    return "a part of it is missing" if missing else brief(error)
 
 
 def _no_fit(name, found, layers, encoders, unknown, lora, model) -> str:
@@ -239,7 +323,7 @@ def _no_fit(name, found, layers, encoders, unknown, lora, model) -> str:
                 "connected; connect one.")
     seems = family(lora)
     seems = f", it seems to be for {seems}" if seems else ""
-    example = f", such as '{unknown[0]}'" if unknown else ""
+    example = f", such as '{brief(unknown[0])}'" if unknown else ""
     none = "none" if not found else f"only {found}"
     return (f"'{name}' fits {none} of its {layers} layers to {own}{example}{seems}; {OTHER}.")
 
@@ -249,7 +333,7 @@ def family(lora: Mapping[str, Tensor]) -> str:
     metadata = getattr(lora, "metadata", {})
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if metadata.get(key):
-            return f"'{metadata[key]}'"
+            return f"'{brief(metadata[key], 60)}'"
     layers = by_layer(lora)
     text = "\n".join(layers)
     for word, models in (("double_blocks", "Flux"), ("single_transformer_blocks", "Flux"),
