@@ -99,13 +99,19 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
     try:
         readable = normalised(comfy.lora_convert.convert_lora(dict(lora)), keys,
                               peft_config(getattr(lora, "metadata", {})), weights)
+        patches = comfy.lora.load_lora(readable, keys, log_missing=False)
     except QuantTuneError as error:
         raise QuantTuneError(f"'{name}': {error}") from error
-    except Exception as error:  # of the host's converters, which trust a file's shapes
+    except Exception as error:  # of the host, which trusts a file to be whole
         raise QuantTuneError(f"'{name}' cannot be read ({_reason(error)}); {AGAIN}.") from error
+    # Such as a bias of a layer that has none.
+    placeless = [target for target in patches if weights.shape(target) is None]
+    for target in placeless:
+        del patches[target]
     found, encoders, unknown = 0, 0, []
     for layer in by_layer(readable):
-        if layer in keys:
+        # A name alone changes nothing: the host reads no adapter of less than its first part.
+        if layer in keys and {keys[layer], f"{_layer(keys[layer])}.bias"} & patches.keys():
             found += 1
         elif clip is None and _of_encoder(layer):
             encoders += 1
@@ -114,17 +120,9 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
     layers = found + len(unknown)
     if found < ENOUGH * layers or not found:
         raise QuantTuneError(_no_fit(name, found, layers, encoders, unknown, lora, model))
-    try:
-        patches = comfy.lora.load_lora(readable, keys, log_missing=False)
-    except Exception as error:  # of the host's adapters, which trust a file to be whole
-        raise QuantTuneError(f"'{name}' cannot be read ({_reason(error)}); {AGAIN}.") from error
     ranks, alphas, kinds, too_high = Counter(), Counter(), Counter(), ""
-    for target, patch in list(patches.items()):
+    for target, patch in patches.items():
         layer, shape = _layer(target), weights.shape(target)
-        if shape is None:  # such as a bias of a layer that has none
-            unknown.append(_key(target))
-            del patches[target]
-            continue
         if isinstance(patch, LoRAAdapter):
             up, down, alpha, *_ = patch.weights
             ranks[down.shape[0]] += 1
@@ -143,6 +141,7 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
             raise QuantTuneError(f"'{name}' at strength {strength:g} changes the layer '{layer}' "
                                  f"by more than half precision holds ({LIMIT:g}); {AGAIN}, or use "
                                  "a lower strength.")
+    unknown += map(_key, placeless)
     return LoraFit(name, patches, found, layers, tuple(unknown), encoders, ranks, alphas, kinds,
                    too_high)
 

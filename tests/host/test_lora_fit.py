@@ -144,6 +144,20 @@ def test_adapters_that_the_host_cannot_compute(kind, changes, message):
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["oft_blocks", "hada_w1_b", "lokr_w1_b", "a2.weight", "alpha",
+                                  "dora_scale", "diff_b"])
+def test_a_layer_that_nothing_is_done_to_is_not_matched(part):
+    from quanttune.host.lora_fit import fit_lora
+    from quanttune.quant import QuantTuneError
+
+    model = models.small_model()
+    alone = {f"{LAYER}.{part}": torch.ones(1)}
+    with pytest.raises(QuantTuneError, match="fits none of its 1 layers"):
+        fit_lora(alone, model)
+    fit = fit_lora({**alone, **adapter(model, "loha", LAYER.replace("to_q", "to_k"))}, model)
+    assert (fit.matched, fit.layers) == (1, 2) and "to_q" in fit.notes()[0]
+
+
 @pytest.mark.parametrize("shape", [(32, 1), (1, 32)])
 def test_magnitudes_of_outputs_or_of_inputs_are_taken(shape):
     from quanttune.host.lora_fit import fit_lora

@@ -131,6 +131,15 @@ def test_other_kinds_are_left_to_the_host(nodes, model):
         assert torch.equal(models.forward(patched, arguments), expected)
 
 
+def test_a_damaged_adapter_is_refused_before_sampling(nodes, model):
+    from quanttune.quant import QuantTuneError
+
+    layer = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    with pytest.raises(QuantTuneError, match="to_q' .a part of it is missing"):
+        run_node(nodes["QuantTuneLoadLora"], model=model, lora_name="(connected LoRA)",
+                 lora={f"{layer}.lokr_w1": torch.ones(4, 4)})
+
+
 def test_nothing_connected_says_what_to_do(nodes, model):
     from quanttune.quant import QuantTuneError
 
