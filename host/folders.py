@@ -22,7 +22,7 @@ def register_folders() -> None:
 
     ``models/quanttune`` holds quantized UNets (so do ``models/diffusion_models`` and
     ``models/unet``), ``models/quanttune_scales`` scale sets. Files that the save nodes write to
-    the output folder, and those that ship with the pack (LoRAs among them), are found too.
+    the output folder, and those that ship with the pack, are found too.
     ``models/quanttune_metrics`` holds networks that measure.
     """
     for folder in ("quanttune", SCALES_FOLDER):
@@ -31,7 +31,6 @@ def register_folders() -> None:
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
-    folder_paths.add_model_folder_path(LORA_FOLDER, str(STARTER / LORA_FOLDER))
     folder_paths.add_model_folder_path(METRICS_FOLDER,
                                        os.path.join(folder_paths.models_dir, METRICS_FOLDER))
     folder_paths.folder_names_and_paths[METRICS_FOLDER][1].update(NETWORK_SUFFIXES)

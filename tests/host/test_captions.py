@@ -192,10 +192,10 @@ def test_folders_with_a_list_are_offered(folder):
 
 
 def test_the_command_line_passes_column_and_limit_on(folder, tmp_path):
-    from quanttune.host.command import _images, read_config
+    from quanttune.host.command import images_of, read_config
 
     lines(folder, *[{"file_name": r["file_name"], "en": r["text"]} for r in THREE])
     config = tmp_path / "config.toml"
     config.write_text('[base]\n[output]\n[images]\nfolder = "faces"\ncaptions = "metadata.jsonl"\n'
                       'caption_column = "en"\nlimit = 2\nresolution = 64\n')
-    assert _images(read_config(config)).captions == ("the third", "one")
+    assert images_of(read_config(config)).captions == ("the third", "one")
