@@ -100,17 +100,7 @@ def train_scales(path: str | Path) -> int:
     from .encode import encode, encode_empty
     from .training import training_copy
 
-    output = config["output"]
-    folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
-    target = Path(output.get("scales", folder / "scales.safetensors"))
-    if target.is_dir():
-        raise QuantTuneError(f"The file {target} for the scales, of [output] in {path}, is a "
-                             "folder; give the name of a file.")
-    if "lora" in output:
-        raise QuantTuneError(f"The configuration {path} has 'lora' in [output], but scales are "
-                             "trained; write 'scales'.")
-    for place in (folder, target.parent):
-        make_folder(place, f"of [output] in {path}")
+    folder, target, trackers = output_of(config, path, "scales", "lora")
     with torch.inference_mode():
         model, clip, vae, name = load_quantized(config["base"])
         images = images_of(config)
@@ -131,6 +121,26 @@ def train_scales(path: str | Path) -> int:
         if result.message:
             print(result.message, file=sys.stderr)
     return 0 if result.finished else 130
+
+
+def output_of(config: Mapping, path, word: str, other: str) -> tuple[Path, Path, list[str]]:
+    """``(folder, file of what is learnt, trackers)`` of [output], the folders made.
+
+    Raises QuantTuneError for places that cannot be written, and for ``other``, the word of
+    another command, in place of ``word``.
+    """
+    output = config["output"]
+    if other in output:
+        raise QuantTuneError(f"The configuration {path} has '{other}' in [output], which this "
+                             f"command does not write; write '{word}'.")
+    folder = Path(output.get("folder", "run"))
+    target = Path(output.get(word, folder / f"{word}.safetensors"))
+    if target.is_dir():
+        raise QuantTuneError(f"The file {target}, '{word}' of [output] in {path}, is a folder; "
+                             "give the name of a file.")
+    for place in (folder, target.parent):
+        make_folder(place, f"of [output] in {path}")
+    return folder, target, list(output.get("trackers", []))
 
 
 def make_folder(folder: Path, whose: str) -> None:

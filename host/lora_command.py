@@ -12,7 +12,7 @@ from .command import (
     images_of,
     load_float,
     load_quantized,
-    make_folder,
+    output_of,
     read_config,
     start_host,
 )
@@ -30,7 +30,7 @@ def train_lora(path: str | Path) -> int:
     if type(epochs) is not int or epochs < 0:
         raise QuantTuneError(f"The configuration {path} has epochs = {epochs!r} in [training]; it "
                              "has to be a whole number of at least 0.")
-    training, base, output = LoraTraining.from_dict(words), config["base"], config["output"]
+    training, base = LoraTraining.from_dict(words), config["base"]
     start_host(base.get("device", "auto"))
     import torch
     from accelerate import Accelerator
@@ -41,16 +41,7 @@ def train_lora(path: str | Path) -> int:
     from .lora_file import read_lora, save_lora
     from .lora_train import AS_IT_IS, NF4, exported_lora, key_of, pupil
 
-    folder, trackers = Path(output.get("folder", "run")), list(output.get("trackers", []))
-    target = Path(output.get("lora", folder / "lora.safetensors"))
-    if target.is_dir():
-        raise QuantTuneError(f"The file {target} for the LoRA, of [output] in {path}, is a folder; "
-                             "give the name of a file.")
-    if "scales" in output:
-        raise QuantTuneError(f"The configuration {path} has 'scales' in [output], but a LoRA is "
-                             "trained; write 'lora'.")
-    for place in (folder, target.parent):
-        make_folder(place, f"of [output] in {path}")
+    folder, target, trackers = output_of(config, path, "lora", "scales")
     start = read_lora(base["lora"]) if base.get("lora") else None
     with torch.inference_mode():
         load = load_quantized if base.get("quantized_unet") or base.get("bits") else load_float

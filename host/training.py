@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..quant import LayerScales, QuantTuneError
 from .build import adopt, quantized_model
-from .dynamic_int8 import use_pytorch_attention
+from .dynamic_int8 import hasten_attention
 from .explain import explained
 from .identity import patches_digest
 from .int8 import OPTION as INT8
@@ -77,9 +77,8 @@ class HostDenoiser:
                                  "before 'Apply TuneQDM Scales'.")
         # Integer products have no gradient.
         self._options = {k: v for k, v in options.items() if k != INT8}
-        if self.device.type == "cpu":
-            # What the host takes on a processor by default holds whole matrices of scores.
-            self._options.setdefault("optimized_attention_override", use_pytorch_attention)
+        # What the host takes on a processor by default holds whole matrices of scores.
+        hasten_attention(self._options, self.device)
 
     @property
     def device(self) -> torch.device:

@@ -1,11 +1,9 @@
 """LoRA Train."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.encode import encode_empty
-from ..host.images import as_image
 from ..host.lora_train import BASES, train_lora
-from ..host.run import run_folder, run_state
 from ..training.lora_config import TARGETS, LoraTraining
 from ..training.settings import OPTIMIZERS, SCHEDULERS
 from . import training_inputs as shared
@@ -111,9 +109,7 @@ class LoraTrain(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run_name=None, if_run_exists=CONTINUE, **kwargs):
-        # A run that was stopped goes on when the graph is queued again.
-        # A name from another node is not known yet when the host asks.
-        return run_state(run_name) if run_name and if_run_exists == CONTINUE else ""
+        return shared.run_fingerprint(run_name, if_run_exists)
 
     @classmethod
     def execute(cls, model, run_name, if_run_exists, base, steps, epochs, first_timestep,
@@ -136,9 +132,4 @@ class LoraTrain(io.ComfyNode):
                                  validation_cfg, config.seed, clip, vae),
             [] if tracker == "none" else [tracker], cls.hidden.unique_id,
             if_run_exists == ANEW)
-        chart = as_image(outcome.loss_picture)
-        grid = chart if outcome.grid is None else as_image(outcome.grid)
-        return io.NodeOutput(
-            outcome.lora, grid, chart, str(run_folder(run_name) / "loss.csv"), outcome.report,
-            ui={**ui.PreviewImage(grid, cls=cls).as_dict(),
-                **ui.PreviewText(outcome.report).as_dict()})
+        return shared.shown(cls, outcome.lora, outcome, run_name)

@@ -1,10 +1,11 @@
 """Inputs that the training nodes have in common."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..host.encode import encode, from_latents
+from ..host.images import as_image
 from ..host.pictures import SamplingSettings
-from ..host.run import Validation, run_folder
+from ..host.run import Validation, run_folder, run_state
 from ..quant import QuantTuneError
 from .training_images import Images
 
@@ -119,6 +120,22 @@ def encoded(model, images, clip, vae, latents, conditioning, run_name: str, need
         return from_latents(latents, conditioning, model), ""
     raise QuantTuneError("There is nothing to train on; connect 'Training Images', or latents with "
                          "their conditioning.")
+
+
+def run_fingerprint(run_name: str | None, if_run_exists: str) -> str:
+    """A node's fingerprint: a run that was stopped goes on when the graph is queued again."""
+    # A name from another node is not known yet when the host asks.
+    return run_state(run_name) if run_name and if_run_exists == CONTINUE else ""
+
+
+def shown(cls, learnt, outcome, run_name: str) -> io.NodeOutput:
+    """What was learnt and `pictures`, as a training node gives and shows them."""
+    chart = as_image(outcome.loss_picture)
+    grid = chart if outcome.grid is None else as_image(outcome.grid)
+    return io.NodeOutput(
+        learnt, grid, chart, str(run_folder(run_name) / "loss.csv"), outcome.report,
+        ui={**ui.PreviewImage(grid, cls=cls).as_dict(),
+            **ui.PreviewText(outcome.report).as_dict()})
 
 
 def validation_of(prompts: str, size: int, steps: int, cfg: float, seed: int, clip,
