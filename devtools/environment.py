@@ -300,7 +300,7 @@ def _prepare(own: Path | None, tests: bool) -> Environment:
     managed = python is None
     if own and python:
         host = own
-        extra = ("pytest", "hypothesis", "pytest_timeout", "playwright") if tests else ()
+        extra = ("pytest", "hypothesis", "pytest_timeout", "playwright", "xdist") if tests else ()
         _check_own_python(python, ("torch", "aiohttp", "safetensors", "numpy", "PIL", *extra))
     else:
         tag = "" if own is None else "-" + digest(str(own))[:8]

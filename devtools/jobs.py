@@ -20,6 +20,8 @@ from .host_process import HostProcess, check_port, free_port, has_accelerator, r
 
 DEMO = ROOT / "workflows" / "02-timestep-routed-scales.json"
 DEMO_OUTPUT = ROOT / "demo-output"
+MOST_WORKERS = 4
+"""Processes of tests at most: each may hold a ComfyUI, its server and a Chromium, 4 GB in all."""
 
 
 class _Narrator:
@@ -132,8 +134,25 @@ def demo(env: Environment) -> int:
     return 0
 
 
+def parallel_options(arguments: Sequence[str], cores: int) -> list[str]:
+    """pytest's options that spread the whole suite over the cores, file by file.
+
+    Empty when something is selected or looked into (a path, -k, --pdb ...), which one process runs.
+    """
+    whole = all(a.startswith(("--durations", "--junit", "-v", "-q")) for a in arguments)
+    if not whole or cores < 2:
+        return []
+    # In the order of collection, which begins with the longest files (tests/conftest.py).
+    return ["-n", str(min(cores, MOST_WORKERS)), "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
 def test(env: Environment, arguments: Sequence[str]) -> int:
-    """Run pytest; returns its exit status."""
+    """Run pytest, the whole suite on all cores; returns its exit status."""
+    variables = env.variables()
+    parallel = parallel_options(arguments, os.cpu_count() or 1)
+    if parallel:
+        # Two processes of two threads each would take turns on two cores.
+        variables.setdefault("OMP_NUM_THREADS", "1")
     command = [
         str(env.python),
         "-m",
@@ -142,8 +161,9 @@ def test(env: Environment, arguments: Sequence[str]) -> int:
         str(ROOT),
         "-c",
         str(ROOT / "pyproject.toml"),
+        *parallel,
     ]
-    return wait_for(subprocess.Popen([*command, *arguments], cwd=ROOT, env=env.variables()))
+    return wait_for(subprocess.Popen([*command, *arguments], cwd=ROOT, env=variables))
 
 
 def serve(env: Environment, port: int | None, cpu: bool | None, arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from ..quant.int8 import (
     SharedActivation,
     choose,
 )
+from ..quant.paging import let_go, page_out
 from .layout import is_uniform, unwrap
 from .ops import scaled_layers
 
@@ -126,7 +127,11 @@ def _make(module, mode: Int8Mode) -> _Ready | None:
     packed = unwrap(module.weight, module.low_rank)
     if patches or module.low_rank is not None:
         packed = _patched(packed, patches)
-    return integer_product(module, packed, backend, mode.granularity)
+    ready = integer_product(module, packed, backend, mode.granularity)
+    # What it multiplies is its own; the packed integers are read again when something changes.
+    page_out(unwrap(module.weight).packed)
+    let_go(2 * module.weight.numel())
+    return ready
 
 
 def integer_product(module, packed: QuantizedWeight, backend,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import comfy.model_management
+import folder_paths
 import torch
 from comfy.utils import ProgressBar
 
@@ -17,6 +18,7 @@ from ..quant import (
     keep_float,
     shortcut_splits,
 )
+from ..quant.paging import PagedStore
 from ..quant.plan import BitPlan
 from .build import adopt, build_model, quantized_model
 from .describe import describe
@@ -78,6 +80,9 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     report = QuantizationReport()
     progress = ProgressBar(len(layers_by_name))
     device = comfy.model_management.get_torch_device()
+    # On a processor integer products keep weights of their own; see host/int8.py.
+    paged = disable_dynamic and device.type == "cpu"
+    store = PagedStore(folder_paths.get_temp_directory()) if paged else None
     for key, entry in kept_by_host.items():
         local = key[len(PREFIX):]
         weight, convert = entry[0]
@@ -93,7 +98,10 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
             except QuantTuneError as error:
                 raise QuantTuneError(f"Layer '{layer}' of '{name}': {error}") from error
             report.add_layer(layer, original, packed, weight)
-            checkpoint.layers[layer] = packed.to(torch.device("cpu"))
+            packed = packed.to(torch.device("cpu"))
+            if store is not None:
+                packed = replace(packed, packed=store.put(packed.packed))
+            checkpoint.layers[layer] = packed
             progress.update(1)
         elif weight is not None:
             value = convert(weight).detach().to("cpu")

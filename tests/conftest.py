@@ -35,6 +35,19 @@ pytest_plugins = [
 ]
 
 
+FIRST = ("workflows", "host/test_lora_train.py", "nodes/test_train_scales.py", "host")
+"""What takes longest, in `tests/`: with several processes, none then waits for the other's end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files (processes take files in this order)."""
+    def place(item):
+        path = Path(item.path).relative_to(ROOT / "tests").as_posix()
+        return next((i for i, first in enumerate(FIRST) if path.startswith(first)), len(FIRST))
+
+    items.sort(key=place)
+
+
 def pytest_configure():
     """Keep the host off the GPU before any test module imports it."""
     if HOST.is_dir():

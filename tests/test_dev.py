@@ -370,3 +370,14 @@ def test_workflow_command_runs_a_file_and_numbers_its_pictures(tmp_path, capsys)
 
     assert Image.open(picture).size == (32, 64)
     assert "· EmptyImage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, cores, workers", [
+    ([], 2, "2"), (["--durations=25"], 3, "3"), ([], 64, str(jobs.MOST_WORKERS)), ([], 1, None),
+    (["tests/quant"], 2, None), (["-k", "packing"], 2, None), (["--pdb"], 2, None),
+    (["-n", "0"], 2, None),
+])
+def test_the_whole_suite_takes_all_cores_and_a_selection_one(arguments, cores, workers):
+    options = jobs.parallel_options(arguments, cores)
+    assert options[:2] == (["-n", workers] if workers else [])
+    assert ("loadfile" in options) == bool(workers), "tests of a file share servers and pictures"

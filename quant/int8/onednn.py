@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor
 
+from ..paging import let_go
 from .activation import (
     Granularity,
     check_finite,
@@ -132,6 +133,7 @@ class _Conv2d:
             [1, self.shape[1] * c.groups, size, size],
         )
         self.size = size
+        let_go(values.numel())
 
     def _run(self, x, scale, zero_point, out_scale, bias, dtype) -> Tensor:
         c = self.conv

@@ -33,6 +33,7 @@ def test_every_workflow_has_a_thumbnail(path):
     assert path.with_suffix(".jpg").is_file(), "a template shows a picture of the same name"
 
 
+@pytest.mark.timeout(1500)
 @each_workflow
 def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_server):
     frontend_page.load(read(path))
@@ -40,7 +41,7 @@ def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_serve
     assert not unknown, f"node types the frontend does not know: {unknown}"
     graph = frontend_page.graph_to_prompt()["output"]
     frontend_page.screenshot(ARTIFACTS / f"{path.stem}.png")
-    history = comfy_server.client.wait(frontend_page.queue(), timeout=900)
+    history = comfy_server.client.wait(frontend_page.queue(), timeout=1200)
     status = history["status"]
     assert status["status_str"] == "success", status["messages"][-1]
     expected = [node for node, entry in graph.items() if entry["class_type"] in PICTURE_NODES]

@@ -1,0 +1,103 @@
+"""Memory that the system gets back: weights it can read again from a file, and what is free.
+
+A layer that multiplies integers keeps them in the order its processor wants; the packed ones, which
+everything else reads, then wait for the next save, LoRA or change of layers. Kept in a mapped file
+they take no memory meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+import tempfile
+
+import torch
+from torch import Tensor
+
+PAGEOUT = 21
+"""MADV_PAGEOUT of Linux 5.4 and later: the caller will not need these pages soon. Whatever has no
+file or swap to come back from stays."""
+
+TRIM_AFTER = 64 * 2**20
+"""Bytes of large blocks let go between two calls to the C library that it give back what is free.
+Bringing a model's weights into another form leaves a hole beside each of them: glibc kept as much
+free memory as an 8-bit SD1.5 is large."""
+_let_go = 0
+
+
+class PagedStore:
+    """Copies of tensors in a temporary file that is gone with the last of them.
+
+    Args:
+        folder: where the file is made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._folder, self._file = folder, None
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of a CPU tensor in the file, or the tensor itself where no file can hold it (no
+        disk space, or a system without `page_out`)."""
+        if _advise() is None or tensor.numel() == 0 or tensor.device.type != "cpu":
+            return tensor
+        try:
+            if self._file is None:
+                os.makedirs(self._folder, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)
+            start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY)
+            start *= mmap.ALLOCATIONGRANULARITY
+            self._file.seek(start)
+            data = tensor.detach().contiguous()
+            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+            self._file.flush()
+            # Pages that are not on the disk yet could not be dropped.
+            os.fdatasync(self._file.fileno())
+            size = data.numel() * data.element_size()
+            mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
+        except OSError:
+            return tensor
+        return torch.frombuffer(mapped, dtype=data.dtype).view(data.shape)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell the system that nothing will read a CPU tensor soon.
+
+    Its values stay what they are. The memory of one that lies in a mapped file (`PagedStore`, or a
+    safetensors file) is free at once and the next access reads the file; any other stays.
+    """
+    advise = _advise()
+    if advise is None or tensor.device.type != "cpu":
+        return
+    size = tensor.numel() * tensor.element_size()
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(PAGEOUT))
+
+
+def let_go(size: int) -> None:
+    """Count ``size`` bytes of blocks that were freed among others that stay; see `TRIM_AFTER`."""
+    global _let_go
+    _let_go += size
+    if _let_go >= TRIM_AFTER and (trim := _trim()) is not None:
+        _let_go = 0
+        trim(0)
+
+
+@functools.cache
+def _trim():
+    """glibc's malloc_trim, or None with another C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+@functools.cache
+def _advise():
+    """The system's madvise, or None where it knows no PAGEOUT."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
