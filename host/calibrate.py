@@ -30,6 +30,7 @@ from .int8 import OPTION
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
+from .patches import patches_digest
 from .quantize import quantizable_layers, quantize_model, refuse_bypass_lora
 from .routing import OPTION as ROUTER
 from .run import RUNS
@@ -147,14 +148,15 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
         dtype = compute_dtype(how.precision, comfy.model_management.get_torch_device())
         quantized, report = quantize_model(
             patcher, how.spec, kept, name, dtypes=None if dtype is None else (dtype, None),
-            rounded=rounded)
+            rounded=rounded, disable_dynamic=True)
         lines.append(str(report))
     else:
         quantized = patcher.clone()
     checkpoint = quantized_model(quantized).checkpoint
     router = patcher.model_options["transformer_options"].get(ROUTER)
     facts = {**asdict(how), "estimator": how.estimator.value, "prompts": len(samples.positive),
-             "scales": "" if router is None else router.digest}
+             "scales": "" if router is None else router.digest,
+             "patches": patches_digest(patcher)}
     checkpoint = replace(checkpoint, ranges=ranges,
                          metadata=replace(checkpoint.metadata, calibration=facts))
     quantized.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, quantized_model(

@@ -108,11 +108,11 @@ def dynamic_int8(patcher, layers: str = "all", precision: str = "auto", granular
         logging.warning(lines[-1])
     else:
         checkpoint = quantized_model(quantized).checkpoint
-        static, facts = (checkpoint.ranges if ranges == CALIBRATED else None,
-                         checkpoint.metadata.calibration)
+        static = checkpoint.ranges if ranges == CALIBRATED else None
+        facts = {} if static is None else checkpoint.metadata.calibration
         options[OPTION] = Int8Mode(
             frozenset(chosen), None if granularity == "auto" else Granularity(granularity),
-            static, quantized.model, facts.get("scales", "") if static is not None else "")
+            static, quantized.model, facts.get("scales", ""), facts.get("patches", ""))
         multiply = {name for name, (backend, _) in found.items() if backend is not None}
         with_ranges = "" if static is None else (
             f", {len(multiply & static.layers.keys())} of them with calibrated ranges")

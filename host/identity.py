@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 from .build import quantized_model
+from .patches import content, patches_digest
 from .quantize import originals
 from .routing import OPTION as ROUTER
-
-SAMPLES = 1024
-"""Values of a tensor that count, evenly apart."""
 
 
 def identity_of(patcher) -> str:
@@ -28,32 +24,5 @@ def identity_of(patcher) -> str:
     if own is not None:
         return own.fingerprint + digest.hexdigest()
     for key, entry in sorted(originals(patcher).items()):
-        digest.update(key.encode() + _content(entry[0][0]))
+        digest.update(key.encode() + content(entry[0][0]))
     return digest.hexdigest()
-
-
-def patches_digest(patcher) -> str:
-    """Of the patches on a MODEL (LoRAs, merges), whoever loaded them and when; "" without any."""
-    if not patcher.patches:
-        return ""
-    digest = hashlib.sha256()
-    for key, patches in sorted(patcher.patches.items()):
-        digest.update(str(key).encode())
-        for patch in patches:
-            digest.update(_content(patch))
-    return digest.hexdigest()
-
-
-def _content(value) -> bytes:
-    """Of a tensor its shape and `SAMPLES` of its values; of an adapter what it holds."""
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().flatten()
-        flat = flat[:: max(1, flat.numel() // SAMPLES)]
-        return f"{tuple(value.shape)}".encode() + flat.float().cpu().numpy().tobytes()
-    if isinstance(value, (list, tuple)):
-        return b"(" + b",".join(_content(v) for v in value) + b")"
-    if hasattr(value, "weights"):
-        return type(value).__name__.encode() + _content(value.weights)
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__).encode()
-    return repr(value).encode()

@@ -38,6 +38,7 @@ class Int8Mode:
         model: the host's model, whose sampling says what its timesteps mean; needed with ranges.
         scales: what `routing.ScaleRouter.digest` was at the calibration, "" without scales. With
             others the activations are others, and ranges of the moment are taken.
+        patches: the same of its patches, by `patches.patches_digest`.
     """
 
     layers: frozenset[str]
@@ -45,6 +46,7 @@ class Int8Mode:
     ranges: ActivationRanges | None = None
     model: object = None
     scales: str = ""
+    patches: str = ""
 
 
 class _Ready:

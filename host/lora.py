@@ -13,6 +13,7 @@ from comfy.weight_adapter import LoRAAdapter
 from ..quant import LowRank, QuantTuneError
 from .layout import is_uniform
 from .ops import scaled_layers
+from .patches import note_patches
 
 KEY = "quanttune_lora"
 
@@ -82,6 +83,7 @@ class _Functions(list):
 
 
 def _unbake(patcher, device_to, *_):
+    note_patches(patcher)
     device = device_to or patcher.load_device
     for name, module in scaled_layers(patcher.model).items():
         key = f"{name}.weight"

@@ -24,7 +24,7 @@ from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
 from .observe import ForwardRecord
 from .ops import scaled_layers
-from .quantize import model_over, originals
+from .quantize import model_over, originals, paged_weights
 from .routing import OPTION as ROUTER
 from .routing import buckets_of
 from .run import Watcher, replaced, run_folder, stopped
@@ -263,7 +263,8 @@ def _exported(patcher, learnt: dict):
     own = quantized_model(patcher)
     checkpoint, mode = own.checkpoint, patcher.model_options["transformer_options"][OPTION]
     ranges = {**mode.ranges.layers, **{n: r for n, (_, r) in learnt.items() if r is not None}}
-    layers = {**checkpoint.layers, **{n: w for n, (w, _) in learnt.items()}}
+    put_aside = paged_weights()
+    layers = {**checkpoint.layers, **{n: put_aside(w) for n, (w, _) in learnt.items()}}
     trained = QuantizedCheckpoint(
         replace(checkpoint.metadata, fingerprint="", calibration={
             **checkpoint.metadata.calibration, "trained": True}),

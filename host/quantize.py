@@ -80,9 +80,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
     report = QuantizationReport()
     progress = ProgressBar(len(layers_by_name))
     device = comfy.model_management.get_torch_device()
-    # On a processor integer products keep weights of their own; see host/int8.py.
-    paged = disable_dynamic and device.type == "cpu"
-    store = PagedStore(folder_paths.get_temp_directory()) if paged else None
+    put_aside = paged_weights() if disable_dynamic else None
     for key, entry in kept_by_host.items():
         local = key[len(PREFIX):]
         weight, convert = entry[0]
@@ -99,9 +97,7 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
                 raise QuantTuneError(f"Layer '{layer}' of '{name}': {error}") from error
             report.add_layer(layer, original, packed, weight)
             packed = packed.to(torch.device("cpu"))
-            if store is not None:
-                packed = replace(packed, packed=store.put(packed.packed))
-            checkpoint.layers[layer] = packed
+            checkpoint.layers[layer] = put_aside(packed) if put_aside else packed
             progress.update(1)
         elif weight is not None:
             value = convert(weight).detach().to("cpu")
@@ -113,6 +109,18 @@ def quantize_model(patcher, spec: QuantSpec, keep: str | Collection[str] = "none
         "split_shortcuts": split_shortcuts, **({"plan": plan.label} if plan is not None else {})})
 
     return model_over(patcher, checkpoint, name, dtypes, disable_dynamic), report
+
+
+def paged_weights():
+    """A function that moves quantized weights for integer products where they take no memory.
+
+    On a processor such products keep weights of their own (`int8.prepare`); elsewhere the function
+    gives back what it is given.
+    """
+    if comfy.model_management.get_torch_device().type != "cpu":
+        return lambda weight: weight
+    store = PagedStore(folder_paths.get_temp_directory())
+    return lambda weight: replace(weight, packed=store.put(weight.packed))
 
 
 def float_model(patcher, name: str = "model", dtypes: tuple | None = None):

@@ -13,6 +13,7 @@ from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits
 from ..quant.int8 import bucket_of
 from . import int8
 from .ops import scaled_layers
+from .patches import loaded_patches
 
 OPTION = "quanttune_router"
 """Key in ``transformer_options`` of whatever chooses the scales of a forward (`ScaleRouter`)."""
@@ -72,8 +73,8 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
                 "INT8' with dynamic ranges.")
         device = next(module.parameters()).device if timesteps is None else timesteps.device
         buckets = ()
-        if mode is not None and mode.ranges is not None and mode.scales != (
-                getattr(router, "digest", "")):
+        if mode is not None and mode.ranges is not None and (mode.scales, mode.patches) != (
+                getattr(router, "digest", ""), loaded_patches(module)):
             mode = replace(mode, ranges=None)
         if mode is not None and mode.ranges is not None:
             buckets = buckets_of(timesteps, mode.model.model_sampling, mode.ranges.num_buckets)

@@ -15,10 +15,10 @@ from ..quant import LayerScales, QuantTuneError
 from .build import adopt, quantized_model
 from .dynamic_int8 import hasten_attention
 from .explain import explained
-from .identity import patches_digest
 from .int8 import OPTION as INT8
 from .layout import is_uniform
 from .ops import scaled_layers
+from .patches import patches_digest
 from .quantize import float_model, refuse_bypass_lora
 from .routing import OPTION, layer_shapes, timestep_units
 

@@ -227,6 +227,31 @@ def test_scales_that_calibration_did_not_see_take_ranges_of_the_moment():
     assert run(seen)[1], "scales that were there keep the ranges"
 
 
+@pytest.mark.parametrize("bits", [8, None], ids=["quantized", "float"])
+def test_a_lora_that_calibration_did_not_see_takes_ranges_of_the_moment(bits):
+    from quanttune.host.dynamic_int8 import dynamic_int8
+
+    source = models.small_model()
+    lora = lora_file(source)
+    base = source if bits is None else quantize(source, bits)[0]
+    static, _ = calibrated(base, dynamic_cross_attention=False)
+    arguments = models.inputs(static)
+
+    def run(model):
+        output = models.forward(model, arguments)
+        return output, any(m.int8 is not None and m.int8.layer.static
+                           for m in models_layers(model).values())
+
+    moment, _ = run(with_lora(dynamic_int8(static, precision="float32", ranges="dynamic")[0], lora))
+    changed, uses_ranges = run(with_lora(static, lora))
+    assert not uses_ranges and torch.equal(changed, moment)
+    assert run(static)[1], "without it takes its own again"
+    assert not run(with_lora(static, lora))[1] and run(static)[1], "at every change"
+    seen, _ = calibrated(with_lora(base, lora), dynamic_cross_attention=False)
+    assert run(seen)[1], "a LoRA that was there keeps the ranges"
+    assert not run(with_lora(seen, lora_file(source, seed=6)))[1], "another one beside it"
+
+
 def with_precision(model, like):
     from quanttune.host.dynamic_int8 import dynamic_int8
 

@@ -1,0 +1,52 @@
+"""The patches on a MODEL (LoRAs, merges), told apart by content."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+LOADED = "quanttune_patches"
+"""Where a diffusion model keeps what `note_patches` found, until it is unloaded."""
+SAMPLES = 1024
+"""Values of a tensor that count, evenly apart."""
+
+
+def note_patches(patcher) -> None:
+    """Keep the digest of the patches that a MODEL was just loaded with; see `loaded_patches`."""
+    unet = patcher.model.diffusion_model.__dict__
+    # The host loads a model anew before every sampling; the patches are the same ones mostly.
+    if unet.get(LOADED, ("", ""))[0] != patcher.patches_uuid:
+        unet[LOADED] = patcher.patches_uuid, patches_digest(patcher)
+
+
+def loaded_patches(diffusion_model: torch.nn.Module) -> str:
+    """`patches_digest` of the MODEL that ``diffusion_model`` was last loaded for."""
+    return diffusion_model.__dict__.get(LOADED, ("", ""))[1]
+
+
+def patches_digest(patcher) -> str:
+    """Of the patches on a MODEL (LoRAs, merges), whoever loaded them and when; "" without any."""
+    if not patcher.patches:
+        return ""
+    digest = hashlib.sha256()
+    for key, patches in sorted(patcher.patches.items()):
+        digest.update(str(key).encode())
+        for patch in patches:
+            digest.update(content(patch))
+    return digest.hexdigest()
+
+
+def content(value) -> bytes:
+    """Of a tensor its shape and `SAMPLES` of its values; of an adapter what it holds."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().flatten()
+        flat = flat[:: max(1, flat.numel() // SAMPLES)]
+        return f"{tuple(value.shape)}".encode() + flat.float().cpu().numpy().tobytes()
+    if isinstance(value, (list, tuple)):
+        return b"(" + b",".join(content(v) for v in value) + b")"
+    if hasattr(value, "weights"):
+        return type(value).__name__.encode() + content(value.weights)
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__).encode()
+    return repr(value).encode()
