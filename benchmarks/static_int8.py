@@ -30,6 +30,8 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=640, help="forwards to calibrate on")
     parser.add_argument("--steps", type=int, default=400, help="of QAT")
     parser.add_argument("--ways", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
+                        help="of the noise that is calibrated and trained on")
     options = parser.parse_args(argv)
     from quanttune.starter.common import prepare_host
 
@@ -40,8 +42,9 @@ def main(argv=None):
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         folder_paths.set_output_directory(folder)
         bench = Bench(options)
-        for name in options.ways or bench.ways:
-            bench.result(name)
+        for seed in options.seeds:
+            for name in options.ways or bench.ways:
+                bench.result(name, seed)
         print(table(bench.runs))
 
 
@@ -67,10 +70,12 @@ class Bench:
             found = json.loads(options.json.read_text())
             if found["settings"] == self.settings:
                 self.runs = found["runs"]
+        self.seed = 0
         self.ways = {
             DYNAMIC: lambda: self.dynamic(8),
             PTQ: lambda: self.static(8),
             QAT: lambda: self.trained(8),
+            "8 bits, QAT, even": lambda: self.trained(8, weighting="even"),
             "4 bits, static": lambda: self.static(4),
             GPTQ: lambda: self.static(4, rounding="gptq"),
             GPTQ_QAT: lambda: self.trained(4, rounding="gptq"),
@@ -90,7 +95,7 @@ class Bench:
 
         return Calibration(**{"samples": self.options.samples, "timestep_buckets": 4,
                               "estimator": "minmax", "precision": "float32", **SAMPLING,
-                              **settings})
+                              "seed": self.seed, **settings})
 
     def dynamic(self, bits):
         """Ranges found at run time."""
@@ -105,27 +110,29 @@ class Bench:
         return calibrate(self.quality.model, self.quality.latent, *self.quality.conditioning,
                          self.calibration(bits=bits, **settings))[0]
 
-    def trained(self, bits, **settings):
+    def trained(self, bits, weighting="picture", **settings):
         """Calibrated, then trained on twice as many forwards with other prompts."""
         from quanttune.host.qat import train_qat
         from quanttune.training.qat import QatTraining
 
         config = QatTraining(steps=self.options.steps, checkpointing=False, precision="fp32",
-                             save_every=0)
-        how = self.calibration(samples=2 * self.options.samples, seed=1000)
+                             save_every=0, weighting=weighting)
+        how = self.calibration(samples=2 * self.options.samples, seed=1000 + self.seed)
         quality = self.quality
         positive, negative = quality.conditioning
         # A sample is a whole picture and has a prompt of its own: these begin after those.
         positive = positive[self.options.samples // SAMPLING["steps"]:]
-        name = f"{bits}-{'-'.join(settings.values())}".strip("-")
+        name = f"{bits}-{weighting}-{self.seed}-{'-'.join(settings.values())}".strip("-")
         return train_qat(self.static(bits, **settings), quality.model, quality.latent,
                          positive, negative, how, config, name).model
 
-    def result(self, name) -> dict:
-        """One way, from the file if it is there."""
+    def result(self, name, seed=0) -> dict:
+        """One way with one seed, from the file if it is there."""
+        way, self.seed = name, seed
+        name = f"{way}, seed {seed}" if seed else way
         if name not in self.runs:
             start = time.process_time()
-            model = self.ways[name]()
+            model = self.ways[way]()
             seconds = time.process_time() - start
             self.runs[name] = {"seconds": seconds, **self.quality.measure(model)}
             print(f"{name:40} {self.runs[name]}", flush=True)

@@ -105,6 +105,24 @@ class HostStudent:
             output = self.record.again(call, self.patcher, self.options)
         return output, self.record.calls[call][2].to(self.device)
 
+    def weight(self, index: int) -> float:
+        """See `training.qat.Student`: ``c_out**2 / (1 + sigma**2)``.
+
+        ``c_out`` is what the host multiplies an output by on its way to the clean latent. A sampler
+        that goes from ``sigma`` to a fixed share of it moves the latent by ``c_out`` times the
+        error, and what is wrong at a noise above 1 counts as much less in the end as there is more
+        noise than picture. For models that predict noise this is ``1 / (1 + SNR)``: nearly clean
+        steps, whose outputs are hardest to match, hardly change the picture.
+        """
+        sampling = self.patcher.model.model_sampling
+        timestep = self.record.timesteps(self.train[index]).flatten()[:1].float().cpu()
+        sigma = torch.as_tensor(sampling.sigma(timestep)).float().cpu()
+        one = torch.ones(1, 1, 1, 1)
+        zero = torch.zeros_like(one)
+        c_out = (sampling.calculate_denoised(sigma, one, zero)
+                 - sampling.calculate_denoised(sigma, zero, zero))
+        return float(c_out.square() / (1 + sigma.square()))
+
     def prove(self) -> None:
         """Raise QuantTuneError for a model whose host code cannot be differentiated.
 

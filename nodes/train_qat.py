@@ -7,7 +7,7 @@ from ..host.images import as_image
 from ..host.qat import train_qat
 from ..host.run import run_state
 from ..host.samples import conditioning_of
-from ..training.qat import QatTraining
+from ..training.qat import WEIGHTINGS, QatTraining
 from .sampler_inputs import prompt_inputs, sampler_inputs
 from .training_inputs import ANEW, CONTINUE
 
@@ -75,6 +75,12 @@ class TrainQat(io.ComfyNode):
                 io.Boolean.Input("checkpointing", default=True, advanced=True,
                                  tooltip="Compute activations again instead of keeping them: a "
                                          "third slower, and far less memory."),
+                io.Combo.Input("weighting", options=list(WEIGHTINGS), default=WEIGHTINGS[0],
+                               advanced=True,
+                               tooltip="'picture' weighs each step of the float model by how much "
+                                       "its error shows in the picture; 'even' takes all alike, "
+                                       "so that nearly clean steps, which are the hardest to "
+                                       "match and change the picture least, count most."),
             ],
             outputs=[
                 io.Model.Output("model_int8", display_name="MODEL",
@@ -96,12 +102,12 @@ class TrainQat(io.ComfyNode):
     @classmethod
     def execute(cls, model, reference, latent, prompts, run_name, if_run_exists, train_steps,
                 samples, batch_size, learning_rate, weight_learning_rate, steps, cfg,
-                sampler_name, scheduler, seed, save_every, precision, checkpointing, clip=None,
-                positive=None, negative=None) -> io.NodeOutput:
+                sampler_name, scheduler, seed, save_every, precision, checkpointing,
+                weighting=WEIGHTINGS[0], clip=None, positive=None, negative=None) -> io.NodeOutput:
         config = QatTraining(
             steps=train_steps, batch_size=batch_size, learning_rate=learning_rate,
             weight_learning_rate=weight_learning_rate, save_every=save_every, seed=seed,
-            precision=precision, checkpointing=checkpointing)
+            precision=precision, checkpointing=checkpointing, weighting=weighting)
         how = Calibration(samples=samples, steps=steps, cfg=cfg, sampler=sampler_name,
                           scheduler=scheduler, seed=seed)
         positive, negative = conditioning_of(clip, prompts, positive, negative)

@@ -18,6 +18,8 @@ from .loop import TrainingLoop, plain
 from .optimizers import rate_factor, set_learning_rate
 from .sampling import generator_of
 
+WEIGHTINGS = ("picture", "even")
+
 
 @dataclass(frozen=True)
 class QatTraining:
@@ -35,6 +37,8 @@ class QatTraining:
         precision: "auto", "fp32" or "bf16".
         save_every: steps between two checkpoints of the run; 0 saves at the end only.
         seed: of the order.
+        weighting: one of `WEIGHTINGS`; "picture" weighs each forward by how much its error shows in
+            the picture (`Student.weight`), "even" takes all alike.
     """
 
     steps: int = 200
@@ -48,8 +52,12 @@ class QatTraining:
     precision: str = "auto"
     save_every: int = 50
     seed: int = 0
+    weighting: str = "picture"
 
     def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise QuantTuneError(f"The weighting is '{self.weighting}', but it has to be one of "
+                                 f"{', '.join(WEIGHTINGS)}.")
         for name, low in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("save_every", 0),
                           ("seed", 0)):
             if getattr(self, name) < low:
@@ -79,6 +87,9 @@ class Student(Protocol):
 
     def answer(self, index: int, checkpointing: bool) -> tuple[Tensor, Tensor]:
         """The model's output for forward ``index``, and that of the float model."""
+
+    def weight(self, index: int) -> float:
+        """How much an error of forward ``index`` shows in the picture, about 0 to 1."""
 
 
 class QatTrainer(TrainingLoop):
@@ -117,7 +128,7 @@ class QatTrainer(TrainingLoop):
         return self.loop(callback)
 
     def one_step(self) -> StepRecord:
-        """One batch of forwards, one update. The loss is the squared relative error."""
+        """One batch of forwards, one update. The loss is the weighted squared relative error."""
         config = self.config
         set_learning_rate(self.optimizer, self.rate(self.step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,6 +137,8 @@ class QatTrainer(TrainingLoop):
             output, target = self.student.answer(index, config.checkpointing)
             output, target = output.float(), target.float()
             loss = (output - target).square().mean() / target.square().mean().clamp(min=1e-12)
+            if config.weighting == "picture":
+                loss = loss * self.student.weight(index)
             self.accelerator.backward(loss / config.batch_size)
             total += float(loss.detach()) / config.batch_size
         for p in self.parameters:

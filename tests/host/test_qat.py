@@ -39,6 +39,34 @@ def train(model, source, name="run", latent=None, **settings):
                      config, name)
 
 
+@pytest.mark.parametrize("family", ["SD15", "SD20"])
+def test_nearly_clean_steps_weigh_little(family):
+    from types import SimpleNamespace
+
+    from quanttune.host.qat import HostStudent
+
+    model = models.small_model(family)
+    sampling = model.model.model_sampling
+    student = object.__new__(HostStudent)
+    student.patcher, student.train = model, list(range(1000))
+    student.record = SimpleNamespace(timesteps=lambda t: torch.tensor([float(t)]))
+    noise = sampling.sigma(torch.tensor([0.0, 300.0, 600.0, 999.0])).square()
+    share = noise / (1 + noise)  # of noise in what the model sees
+    predicts_noise = model.model.model_type.name == "EPS"
+    expected = share if predicts_noise else share * (1 - share)
+    found = torch.tensor([student.weight(t) for t in (0, 300, 600, 999)])
+    assert torch.allclose(found, expected, rtol=1e-4)
+    assert found[0] < 0.01
+
+
+def test_the_weighting_is_an_option():
+    source = models.small_model()
+    model, _ = calibrated(source, bits=3, samples=8, steps=4)
+    layers = [models.quantized_model(train(model, source, name, weighting=name).model)
+              .checkpoint.layers for name in ("picture", "even")]
+    assert any(not torch.equal(w.scale, layers[1][n].scale) for n, w in layers[0].items())
+
+
 def errors(report):
     """Before and after, as the report states them."""
     line = report.splitlines()[1]
