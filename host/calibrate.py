@@ -23,10 +23,10 @@ from ..quant.gptq import InputMoments, gptq_quantize
 from ..quant.int8 import ActivationRanges, RangeEstimator
 from ..quant.spec import check_bits
 from ..training.state import load_state, save_state
+from . import int8
 from .build import ATTACHMENT, QuantizedModel, quantized_model
 from .dynamic_int8 import CALIBRATED, SPEC, compute_dtype, dynamic_int8, kept_layers
 from .identity import identity_of
-from .int8 import OPTION
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
@@ -132,9 +132,9 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
         raise QuantTuneError(
             f"This MODEL is quantized already, so '{how.rounding}' has no float weights to round; "
             "connect the float model, or set rounding to 'nearest'.")
-    if OPTION in patcher.model_options["transformer_options"]:
+    if int8.OPTION in patcher.model_options["transformer_options"]:
         patcher = patcher.clone()
-        patcher.model_options["transformer_options"].pop(OPTION)
+        patcher.model_options["transformer_options"].pop(int8.OPTION)
     if own is None:
         refuse_bypass_lora(patcher, "apply it after 'Calibrate INT8' instead")
     samples = Samples(latent, positive, negative, how)
@@ -166,6 +166,7 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     if samples.unused:
         lines.append(samples.unused)
     run.forget()
+    int8.rest(result.model)
     return result, "\n".join(lines)
 
 

@@ -97,6 +97,16 @@ def forget_prepared(model: torch.nn.Module) -> None:
         module.int8 = module.int8_ready = None
 
 
+def rest(model: torch.nn.Module) -> None:
+    """Let the system drop the packed integers of ``model`` that `prepare` has made others of.
+
+    Whoever read them since then (an observation, a file) is done.
+    """
+    for module in scaled_layers(model).values():
+        if module.int8_ready is not None and is_uniform(module.weight):
+            page_out(unwrap(module.weight).packed)
+
+
 def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:
     source = (module.weight, *module.weight_function, module.low_rank, module.bias,
               *module.bias_function, mode.granularity)
