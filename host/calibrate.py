@@ -355,18 +355,18 @@ def _ranges(watch: ActivationWatch, how: Calibration) -> ActivationRanges:
 def _compared(record: ForwardRecord, result) -> str:
     """How far the outputs are from those of the model before, and with ranges of the moment."""
     options = result.model_options["transformer_options"]
-    if OPTION not in options:
+    if int8.OPTION not in options:
         return "Its error is not known: nothing here multiplies integers."
     comfy.model_management.load_models_gpu([result])
     static = record.error(result)
-    mode = options[OPTION]
+    mode = options[int8.OPTION]
     try:
-        options[OPTION] = replace(mode, ranges=None)
+        options[int8.OPTION] = replace(mode, ranges=None)
         dynamic = record.error(result)
-        del options[OPTION]
+        del options[int8.OPTION]
         alone = record.error(result)
     finally:
-        options[OPTION] = mode
+        options[int8.OPTION] = mode
     return (f"Output error against the model before, on {len(record.calls)} forwards: "
             f"{static:.2%} with these ranges, {dynamic:.2%} with those of the moment, {alone:.2%} "
             "of it from the weights.")
