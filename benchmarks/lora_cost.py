@@ -6,7 +6,8 @@
    of rank 16 on all layers, with one on attention alone; beside them the same LoRA as the host's
    weight function, which dequantizes, adds and multiplies a float weight in every forward (what
    ComfyUI does under partial loading), and as the host's bypass loader. The ways alternate.
-   *difference* is that of the output from the weight function's, largest over largest.
+   *difference* is that of the output from the weight function's, largest over largest. "INT8" is
+   the same 4-bit model under *Dynamic INT8*, LoRAs put on after it, bfloat16 beside the integers.
 2. *train*: steps of a LoRA of rank 16 on all layers with recomputed activations, over the 4-bit
    base and over a float one that is held in the precision of the training, each in a process of
    its own, in turn, by the node's own trainer.
@@ -32,6 +33,7 @@ from quanttune.benchmarks.diffusia import Results
 RANK = 16
 NONE, ONE, FOUR = "no LoRA", "1 LoRA", "4 LoRAs"
 ATTENTION, FUNCTION, BYPASS = "1 LoRA, attention", "1 LoRA, weight function", "1 LoRA, bypass"
+INT8 = "INT8"
 DTYPES, SIZES, BASES = ("float32", "bfloat16"), (64, 32), ("4 bits", "float")
 MAIN = "float32, 64 x 64"
 """ComfyUI's default precision on a processor, at SD1.5's own size."""
@@ -46,7 +48,7 @@ def main(argv=None):
     parser.add_argument("--work", type=Path, default=Path(".dev/bench"))
     parser.add_argument("--parts", nargs="+", choices=["infer", "train"],
                         default=["infer", "train"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", choices=(*DTYPES, INT8), default=(*DTYPES, INT8))
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the latents")
     parser.add_argument("--ways", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1)
@@ -76,7 +78,7 @@ def main(argv=None):
                              lambda d=dtype, s=size: _child(options, "infer", path, d, s))
     if "train" in options.parts:
         for number in range(options.train_rounds):
-            for dtype in options.dtypes:
+            for dtype in (d for d in options.dtypes if d != INT8):
                 for base in BASES:
                     results.once("train", f"{dtype}, {base}, run {number + 1}",
                                  lambda d=dtype, b=base: _child(options, "train", path, d, b))
@@ -104,13 +106,13 @@ def infer(path: str, dtype: str, size: str, options) -> dict:
     import torch
 
     torch.set_num_threads(options.threads)
-    kind, side = getattr(torch, dtype), int(size)
+    kind, side = torch.bfloat16 if dtype == INT8 else getattr(torch, dtype), int(size)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(options.batch, 4, side, side, generator=generator).to(kind)
     context = torch.randn(options.batch, 77, 768, generator=generator).to(kind)
     t = torch.full((options.batch,), 500.0)
     with torch.inference_mode():
-        models = ways(path, kind)
+        models = integer_ways(path) if dtype == INT8 else ways(path, kind)
         if options.ways:
             models = {name: models[name] for name in options.ways}
         for patcher in models.values():
@@ -162,6 +164,25 @@ def ways(path: str, dtype) -> dict:
     return {NONE: model(), ONE: with_loras(1), FOUR: with_loras(4),
             ATTENTION: with_loras(1, attention=True), FUNCTION: with_loras(1),
             BYPASS: with_loras(1, load=comfy.sd.load_bypass_lora_for_models)}
+
+
+def integer_ways(path: str) -> dict:
+    """Way to MODEL that multiplies integers."""
+    import comfy.sd
+
+    from quanttune.host.build import load_model
+    from quanttune.host.dynamic_int8 import dynamic_int8
+    from quanttune.host.routing import layer_shapes
+
+    def model(count):
+        patcher = dynamic_int8(load_model(path), precision="bfloat16")[0]
+        names = layer_shapes(patcher.model.diffusion_model)
+        for seed in range(count):
+            lora = random_lora(patcher.model.diffusion_model, names, seed)
+            patcher = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0.0)[0]
+        return patcher
+
+    return {NONE: model(0), ONE: model(1), FOUR: model(4)}
 
 
 def random_lora(unet, names, seed: int) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..quant import QuantizedWeight, QuantSpec
+from ..quant import LowRank, QuantizedWeight, QuantSpec
 from ..quant.int8 import (
     BACKENDS,
     ActivationRanges,
@@ -24,7 +24,7 @@ from .ops import scaled_layers
 OPTION = "quanttune_int8"
 """Key in ``transformer_options`` of the `Int8Mode` of a forward."""
 PATCHED = QuantSpec(8, symmetric=True)
-"""How a weight is quantized again when a LoRA has changed it."""
+"""How a weight is quantized again when a patch that is no plain LoRA has changed it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def prepare(diffusion_model, layers: dict, mode: Int8Mode | None, device: torch.
         module.int8 = _ready(shared, name, module, mode) if wanted else None
         if module.int8 is not None:
             module.int8.layer.static = static.get(name)
+            module.int8.layer.low_rank = _beside(module)
 
 
 def forget_prepared(model: torch.nn.Module) -> None:
@@ -108,7 +109,9 @@ def rest(model: torch.nn.Module) -> None:
 
 
 def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:
-    source = (module.weight, *module.weight_function, module.low_rank, module.bias,
+    rounded_in = None if _beside(module) else module.low_rank
+    weight = unwrap(module.weight).packed if is_uniform(module.weight) else module.weight
+    source = (weight, *module.weight_function, rounded_in, module.bias,
               *module.bias_function, mode.granularity)
     known = module.int8_ready
     if known is None or not _same(known[0], source):
@@ -123,7 +126,15 @@ def _ready(shared: dict, name: str, module, mode: Int8Mode) -> _Ready | None:
 
 
 def _same(a: tuple, b: tuple) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+    return len(a) == len(b) and all(_same_one(x, y) for x, y in zip(a, b))
+
+
+def _same_one(a, b) -> bool:
+    """Whether two are one object, or tensors over the same memory: the host wraps a layer's weight
+    anew whenever it takes a LoRA on or off."""
+    if a is b or not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a is b
+    return (a.data_ptr(), a.shape, a.dtype, a.device) == (b.data_ptr(), b.shape, b.dtype, b.device)
 
 
 def _make(module, mode: Int8Mode) -> _Ready | None:
@@ -136,14 +147,21 @@ def _make(module, mode: Int8Mode) -> _Ready | None:
     backend, _ = backend_for(module)
     if backend is None:
         return None
-    packed = unwrap(module.weight, module.low_rank)
-    if patches or module.low_rank is not None:
+    rounded_in = None if _beside(module) else module.low_rank
+    packed = unwrap(module.weight, rounded_in)
+    if patches or rounded_in is not None:
         packed = _patched(packed, patches)
     ready = integer_product(module, packed, backend, mode.granularity)
     # What it multiplies is its own; the packed integers are read again when something changes.
     page_out(unwrap(module.weight).packed)
     let_go(2 * module.weight.numel())
     return ready
+
+
+def _beside(module) -> LowRank | None:
+    """The plain LoRAs of a layer, which are computed beside the integers; None for those that a
+    grouped convolution has to have in its weight."""
+    return module.low_rank if getattr(module, "groups", 1) == 1 else None
 
 
 def integer_product(module, packed: QuantizedWeight, backend,
@@ -156,7 +174,7 @@ def integer_product(module, packed: QuantizedWeight, backend,
 
 
 def _patched(packed: QuantizedWeight, patches) -> QuantizedWeight:
-    """The weight with its LoRA, rounded to 8 bits whatever it had before."""
+    """The weight with its patches, rounded to 8 bits whatever it had before."""
     weight = packed.dequantize()
     for patch in patches:
         weight = patch(weight)

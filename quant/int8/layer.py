@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import QuantTuneError
 from ..functional import multiply, per_sample
+from ..low_rank import LowRank
 from ..scales import LayerScales
 from ..weight import QuantizedWeight
 from . import op
@@ -61,6 +62,9 @@ class Int8Layer:
         static: scale and zero point of the activation, a pair for each part of the input channels,
             to be set before a forward (`ranges.ActivationRanges.select`); None quantizes by the
             range that the activation has then.
+        low_rank: what a LoRA adds to the weight, or None; not for grouped convolutions. It is
+            computed in float beside the integers: rounded into them, a change of less than half
+            a step would be gone.
 
     Raises:
         QuantTuneError: a grouped convolution with split input channels.
@@ -81,6 +85,7 @@ class Int8Layer:
         self.conv, self.backend = conv, backend
         self.shared: SharedActivation | None = None
         self.static: Qparams | None = None
+        self.low_rank: LowRank | None = None
         # One row of scales would have to follow each pixel through the window of a convolution.
         self.granularity = granularity or backend.granularity
         if conv is not None:
@@ -101,8 +106,42 @@ class Int8Layer:
             scales: one row for all samples or one row a sample.
         """
         if self.conv is None:
-            return self._forward(x, bias, scales)
-        return self._forward(x.movedim(1, -1), bias, scales).movedim(-1, 1)
+            y = self._forward(x, bias, scales)
+        else:
+            y = self._forward(x.movedim(1, -1), bias, scales).movedim(-1, 1)
+        return y if self.low_rank is None else self._with_low_rank(y, x, scales)
+
+    def _with_low_rank(self, y: Tensor, x: Tensor, scales: LayerScales | None) -> Tensor:
+        """``y + r_out * (up @ down) (x * s_in)``."""
+        axis = -1 if self.conv is None else -3
+        whole = self.low_rank.to(x.device, x.dtype)
+        down = whole.down.view(whole.rank, x.shape[axis], -1)
+        r_out = s_in = None
+        if scales is not None:
+            r_out, s_in = scales.r_out.chunk(len(self.parts), dim=1), scales.s_in
+        for index, part in enumerate(self.parts):
+            inputs, lower, upper = x, down[:, part.columns], whole.up
+            if len(self.parts) > 1:
+                inputs = x[..., part.columns] if self.conv is None else x[:, part.columns]
+            if s_in is not None:
+                own = s_in[:, part.columns].to(x.dtype)
+                if own.shape[0] == 1:
+                    lower = lower * own[0, :, None]
+                else:
+                    inputs = inputs * per_sample(own, inputs, axis)
+            if r_out is not None and r_out[index].shape[0] == 1:
+                upper = upper * r_out[index][0, :, None].to(x.dtype)
+            if self.conv is None:
+                term = F.linear(F.linear(inputs, lower.flatten(1)), upper)
+            else:
+                c = self.conv
+                hidden = F.conv2d(inputs, lower.unflatten(2, c.kernel), None, c.stride, c.padding,
+                                  c.dilation)
+                term = F.conv2d(hidden, upper[:, :, None, None])
+            if r_out is not None and r_out[index].shape[0] > 1:
+                term = multiply(term, per_sample(r_out[index], term, axis))
+            y = y + term
+        return y
 
     def _forward(self, x, bias, scales):
         r_out = s_in = None

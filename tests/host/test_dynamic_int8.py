@@ -141,23 +141,70 @@ def test_lora_before_and_after(order, base):
         assert error(models.forward(fast(source)[0], arguments), without) < 0.06
 
 
-def test_a_lora_costs_less_than_the_quantization_of_its_base():
-    from quanttune.host.int8 import _patched
-    from quanttune.host.layout import unwrap
+@pytest.mark.parametrize("base", [8, 4])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_a_faint_lora_is_not_rounded_away(base, scaled):
+    from quanttune.host.routing import apply_scale_set
 
     source = models.small_model()
-    model = with_lora(fast(quantize(source, 4)[0])[0], lora_file(source))
+    model, _ = fast(quantize(source, base)[0])
+    if scaled:
+        model = apply_scale_set(model, models.random_scales(model, num_experts=2), 1.0, "s")[0]
+    lora = lora_file(source)
+    layers, x = models_layers(model), {}
     models.forward(model, models.inputs(model))
-    patched = {n: m for n, m in models_layers(model).items() if m.low_rank is not None}
-    assert len(patched) > 5 and all(m.int8 is not None for m in patched.values())
-    for name, module in patched.items():
-        original = source.model.diffusion_model.get_submodule(name).weight
-        exact = unwrap(module.weight, module.low_rank)
-        base = error(unwrap(module.weight).dequantize(), original)
-        assert error(_patched(exact, ()).dequantize(), exact.dequantize()) < base / 4
+    before = {n: m.int8 for n, m in layers.items()}
+    draw = torch.Generator().manual_seed(1)
+    for name, module in layers.items():
+        shape = (2, module.weight.shape[1]) + ((6, 6) if module.weight.dim() == 4 else ())
+        x[name] = torch.randn(shape, generator=draw)
+    plain = {n: m.int8(x[n], m.active_scales) for n, m in layers.items() if m.int8}
+    models.forward(with_lora(model, lora, 0.02), models.inputs(model))
+    changed = {n: m for n, m in layers.items() if m.low_rank is not None}
+    assert len(changed) > 5 and all(m.int8 is not None for m in changed.values())
+    for name, module in changed.items():
+        assert module.int8 is before[name], "the integers wait for another LoRA"
+        weight = module.low_rank.added_to(torch.zeros(module.weight.shape))
+        scales, inputs = module.active_scales, x[name]
+        if scales is not None:
+            shape = (-1, scales.s_in.shape[1], *[1] * (inputs.dim() - 2))
+            inputs = inputs * scales.s_in.view(shape)
+        if weight.dim() == 4:
+            expected = torch.nn.functional.conv2d(inputs, weight, None, module.stride,
+                                                  module.padding)
+        else:
+            expected = inputs @ weight.t()
+        if scales is not None:
+            expected = expected * scales.r_out.view(-1, len(weight), *[1] * (expected.dim() - 2))
+        effect = module.int8(x[name], scales) - plain[name]
+        assert error(effect, expected) < 1e-3, name
 
 
-def test_integers_follow_a_change_of_the_lora():
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_lora_beside_a_split_shortcut(experts):
+    from quanttune.quant import LayerScales, LowRank, QuantizedWeight, QuantSpec
+    from quanttune.quant.int8 import ConvGeometry, Int8Layer
+    from quanttune.quant.int8.reference import ReferenceBackend
+
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 12, 1, 1, generator=draw)
+    layer = Int8Layer(QuantizedWeight.quantize(weight, QuantSpec(8), split=4),
+                      ConvGeometry((1, 1), (1, 1), (0, 0)), ReferenceBackend())
+    x = torch.randn(2, 12, 5, 5, generator=draw)
+    r_out = torch.rand(experts, 16, generator=draw) + 0.5
+    s_in = torch.rand(experts, 12, generator=draw) + 0.5
+    scales = LayerScales(r_out, s_in)
+    plain = layer(x, None, scales)
+    up, down = torch.randn(8, 3, generator=draw), torch.randn(3, 12, generator=draw)
+    layer.low_rank = LowRank(up, down)
+    expected = sum(
+        torch.einsum("oi,nihw->nohw", (up @ down)[:, part],
+                     (x * s_in[:, :, None, None])[:, part]) * r[:, :, None, None]
+        for part, r in zip((slice(0, 4), slice(4, 12)), r_out.chunk(2, 1)))
+    assert error(layer(x, None, scales) - plain, expected) < 1e-4
+
+
+def test_another_lora_needs_no_preparation():
     quantized, _ = quantize(models.small_model(), 4)
     arguments = models.inputs(quantized)
     loras = [lora_file(quantized, seed=s, rank=16, include=("attn1.to_q", "in_layers.2"))
@@ -170,9 +217,7 @@ def test_integers_follow_a_change_of_the_lora():
     for lora, wanted in zip(loras, expected):
         patched = with_lora(model, lora)
         assert error(models.forward(patched, arguments), wanted) < 0.06
-        now = {n: m.int8_ready for n, m in models_layers(patched).items()}
-        assert {n for n in now if now[n] is not before[n]} == {
-            n for n in now if n.endswith(("attn1.to_q", "in_layers.2"))}, "the others wait"
+        assert {n: m.int8_ready for n, m in models_layers(patched).items()} == before
 
 
 def test_a_bypass_lora():
