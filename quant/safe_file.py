@@ -215,9 +215,38 @@ def read_with_strings(
             strings = dict(file.metadata() or {})
             return strings, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        if _is_cut_short(path):
+        if is_cut_short(path):
             raise _damaged(path, "is cut short") from error
         raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
+
+
+def read_header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """What a safetensors file says of itself, without reading any of its data.
+
+    Returns:
+        All metadata as it stands in the file, and name to shape of the tensors.
+
+    Raises:
+        QuantTuneError: missing, empty, pickled files, a damaged header, and any other kind. Data
+            that is cut short is no error here, see `is_cut_short`.
+    """
+    path = os.fspath(path)
+    _check_start(path)
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            entries = json.loads(file.read(length))
+        strings = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in strings.values()):
+            raise ValueError("metadata that is no text")
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
+            raise ValueError("a shape that is none")
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
+    return dict(strings), shapes
 
 
 def _check_start(path: str) -> None:
@@ -254,7 +283,7 @@ def _check_start(path: str) -> None:
         raise _damaged(path, "is cut short")
 
 
-def _is_cut_short(path: str) -> bool:
+def is_cut_short(path: str) -> bool:
     """Whether a header that can be read promises more data than there is."""
     try:
         with open(path, "rb") as file:

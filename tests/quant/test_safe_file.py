@@ -9,7 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from quanttune.quant import QuantTuneError
-from quanttune.quant.safe_file import read_safetensors, write_safetensors, written_whole
+from quanttune.quant.safe_file import (
+    is_cut_short,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+    written_whole,
+)
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.uint8).view(2, 3),
@@ -261,3 +267,34 @@ def test_a_file_of_another_program_has_no_metadata(path):
     path.write_bytes(GOOD)
     metadata, tensors = read_safetensors(path)
     assert metadata is None and list(tensors) == ["a"]
+
+
+class TestHeader:
+    def test_it_is_that_of_the_file(self, path):
+        write_safetensors(path, TENSORS, {}, strings={"kind": "x"})
+        strings, shapes = read_header(path)
+        assert strings["kind"] == "x" and strings["format"] == "pt"
+        assert shapes == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+
+    def test_data_that_is_cut_short_is_no_error(self, path):
+        write_safetensors(path, TENSORS, {})
+        assert not is_cut_short(path)
+        path.write_bytes(path.read_bytes()[:-1])
+        assert is_cut_short(path)
+        assert read_header(path)[1].keys() == TENSORS.keys()
+
+    @pytest.mark.parametrize("header", [
+        b"[]", b"{", b'{"a": 1}', b'{"a": {}}', b'{"a": {"shape": [-1]}}',
+        b'{"a": {"shape": ["x"]}}', b'{"__metadata__": {"a": 1}}', b'{"__metadata__": 3}',
+        b'{"a": ' * 100_000])
+    def test_damaged(self, header, path):
+        path.write_bytes(struct.pack("<Q", len(header)) + header)
+        with pytest.raises(QuantTuneError, match="damaged header|not a safetensors file"):
+            read_header(path)
+
+    def test_other_files(self, path):
+        with pytest.raises(QuantTuneError, match="does not exist"):
+            read_header(path)
+        torch.save(TENSORS, path)
+        with pytest.raises(QuantTuneError, match="pickled"):
+            read_header(path)
