@@ -6,6 +6,7 @@ import copy
 import uuid
 from dataclasses import dataclass, replace
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
@@ -83,6 +84,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
         state[f"{layer}.weight"] = wrap(weight, compute_dtype)
     _check_shapes(_construct(config, state, metadata, name, "meta"), state, name)
     model = _construct(config, state, metadata, name)
+    _predict_as_described(model, config, metadata.model_type)
     _fill(model.diffusion_model, state, name)
     route_forwards(model.diffusion_model)
     model.state_dict_for_saving = _refuse_stock_save
@@ -163,6 +165,14 @@ def _construct(config, state, metadata, name, device=None):
         raise QuantTuneError(
             f"'{name}' describes a {metadata.family} UNet that this ComfyUI cannot build "
             f"({reason[0]}); quantize the original model again with this version.") from error
+
+
+def _predict_as_described(model, config, model_type: str) -> None:
+    """Some families take their prediction type for granted, whatever is asked of them."""
+    wanted = comfy.model_base.ModelType[model_type]
+    if model.model_type != wanted:
+        model.model_type = wanted
+        model.model_sampling = comfy.model_base.model_sampling(config, wanted)
 
 
 def _check_shapes(skeleton, state: dict, name: str) -> None:

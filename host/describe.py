@@ -59,6 +59,8 @@ def model_config(checkpoint: QuantizedCheckpoint, name: str):
     for where in ("unet_config", "sampling_settings"):
         _check_numbers(getattr(metadata, where), where, tensors, name)
     config = config_class(dict(metadata.unet_config))
+    # A family sets what it knows of its one size; the file says what this model has.
+    config.unet_config.update(metadata.unet_config)
     # Some families look for marker tensors of the original file to tell the next two.
     prediction = comfy.model_base.ModelType.__members__.get(metadata.model_type)
     if prediction is None:
