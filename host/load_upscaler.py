@@ -1,0 +1,233 @@
+"""An SD x4 upscaler, whatever it comes in, as the host's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import comfy.clip_model
+import comfy.ldm.models.autoencoder
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.text_encoders.sd2_clip
+import comfy.utils
+import folder_paths
+import torch
+
+from ..quant import QuantSpec, QuantTuneError
+from .dynamic_int8 import dynamic_int8
+from .quantize import quantize_model
+from .upscaler_diffusers import Part, check_pipeline, read_text, read_unet, read_vae
+from .upscaler_files import CHANNELS, WHERE, check_file, find_upscaler
+from .upscaler_weights import MODEL
+
+PRECISIONS = {"float": None, "8-bit": QuantSpec(8), "4-bit": QuantSpec(4, range="mse"),
+              "dynamic INT8": None}
+"""What the UNet's weights can be, and how each is quantized."""
+FACTOR = 4
+"""Pixels of the VAE's picture to a side of one of its latent."""
+
+
+def load_upscaler(name: str, precision: str = "float"):
+    """Load an SD x4 upscaler.
+
+    Args:
+        name: as `upscaler_files.upscaler_names` lists it.
+        precision: a key of `PRECISIONS`, of the UNet.
+
+    Returns:
+        ``(MODEL, CLIP, VAE)``; CLIP is None when a file comes without a text encoder.
+
+    Raises:
+        QuantTuneError: nothing of that name, a folder or file that is not whole, or another model.
+    """
+    if precision not in PRECISIONS:
+        raise QuantTuneError(
+            f"precision is '{precision}', but it has to be one of {', '.join(PRECISIONS)}.")
+    place = find_upscaler(name)
+    if place.kind in ("shipped", "described"):
+        from ..starter.load_upscaler import load_starter_upscaler
+
+        model, clip, vae = load_starter_upscaler(place.path)
+    else:
+        load = load_folder if place.kind == "folder" else load_checkpoint
+        model, clip, vae = load(place.path)
+    check_upscaler(model, f"The upscaler '{name}'")
+    if precision != "float":
+        model = _at_precision(model, precision, name)
+        gc.collect()  # the host's models refer to themselves; their floats are not to stay
+    return model, clip, vae
+
+
+def check_upscaler(model, what: str = "This MODEL") -> None:
+    """Refuse a MODEL that is no SD x4 upscaler, whichever loader it comes from.
+
+    Raises:
+        QuantTuneError: it says what the MODEL is.
+    """
+    base = model.model
+    unet = getattr(base, "diffusion_model", None)
+    if (isinstance(base, comfy.model_base.SD_X4Upscaler)
+            and getattr(unet, "in_channels", None) == CHANNELS
+            and isinstance(getattr(unet, "num_classes", None), int)):
+        return
+    family = type(getattr(base, "model_config", base)).__name__
+    raise QuantTuneError(f"{what} is a model of the family {family}, not the SD x4 upscaler; "
+                         f"choose it in 'Load SD 4x Upscaler', or {WHERE}.")
+
+
+def load_folder(folder: Path):
+    """MODEL, CLIP and VAE of a diffusers folder; CLIP is None when its pipeline has none."""
+    index = check_pipeline(folder)
+    # All of it is looked at before anything is built: a folder is often half downloaded.
+    unet, vae = read_unet(folder), read_vae(folder)
+    wanted = index.get("text_encoder")
+    text = read_text(folder) if isinstance(wanted, list) and any(wanted) else None
+    if text is not None and text.config["hidden_size"] != unet.config["context_dim"]:
+        raise QuantTuneError(
+            f"{text.where} gives {text.config['hidden_size']} numbers a token and the UNet takes "
+            f"{unet.config['context_dim']}; download {MODEL} into this folder again.")
+    model, vae = upscaler_model(unet), upscaler_vae(vae)
+    clip = None if text is None else upscaler_clip(text)
+    model.cached_patcher_init = (load_folder_unet, (str(folder),))
+    vae.patcher.cached_patcher_init = (load_folder_vae, (str(folder),))
+    if clip is not None:
+        clip.patcher.cached_patcher_init = (load_folder_clip, (str(folder),))
+    return model, clip, vae
+
+
+def load_folder_unet(folder: str, disable_dynamic: bool = False):
+    """The MODEL of a diffusers folder; the factory the host reloads it with."""
+    patcher = upscaler_model(read_unet(Path(folder)), disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (load_folder_unet, (folder,))
+    return patcher
+
+
+def load_folder_clip(folder: str, disable_dynamic: bool = False):
+    """The patcher of a folder's text encoder; the factory the host reloads it with."""
+    return upscaler_clip(read_text(Path(folder)), disable_dynamic).patcher
+
+
+def load_folder_vae(folder: str, disable_dynamic: bool = False):
+    """The patcher of a folder's VAE; the factory the host reloads it with."""
+    return upscaler_vae(read_vae(Path(folder))).patcher
+
+
+def load_checkpoint(path: Path):
+    """MODEL, CLIP and VAE of a single file in the original names, by the host's own loader."""
+    check_file(path)
+    return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=_embeddings())[:3]
+
+
+def upscaler_model(part: Part, disable_dynamic: bool = False):
+    """The host's MODEL of an upscaler of any size.
+
+    Args:
+        part: of the UNet.
+        disable_dynamic: keep the host from streaming its weights.
+
+    Raises:
+        QuantTuneError: tensors that do not fit the configuration.
+    """
+    management = comfy.model_management
+    family = comfy.model_base.SD_X4Upscaler
+    try:
+        config = comfy.supported_models.SD_X4Upscaler(part.config)
+        config.unet_config.update(part.config)  # the family's own settings are those of one size
+        config.sampling_settings.update(part.sampling)
+        load_device = management.get_torch_device()
+        offload_device = management.unet_offload_device()
+        supported = list(config.supported_inference_dtypes)
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(part.state), supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(part.state))
+        cast = management.unet_manual_cast(dtype, load_device, supported)
+        config.set_inference_dtype(dtype, cast, device=load_device)
+        kind = comfy.model_base.ModelType[part.prediction or "V_PREDICTION"]
+        skeleton = family(config, model_type=kind, device="meta").diffusion_model
+    except Exception as error:  # the host's classes meet what may be a hostile description
+        raise _unbuilt(part, error) from error
+    _check_fits(skeleton, part)
+    model = family(config, model_type=kind)
+    patchers = comfy.model_patcher
+    make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    patcher = make(model, load_device=load_device, offload_device=offload_device)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(part.state, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def upscaler_vae(part: Part):
+    """The host's VAE of an upscaler of any size; its latents are a fourth of the picture.
+
+    Raises:
+        QuantTuneError: tensors that do not fit the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = comfy.ldm.models.autoencoder.AutoencoderKL(
+                ddconfig=dict(part.config["ddconfig"]), embed_dim=part.config["embed_dim"])
+    except Exception as error:  # as for the UNet
+        raise _unbuilt(part, error) from error
+    _check_fits(skeleton, part)
+    vae = comfy.sd.VAE(sd=part.state, config={"params": dict(part.config)})
+    # The host finds this out itself only where it makes the configuration.
+    vae.downscale_ratio = vae.upscale_ratio = FACTOR
+    return vae
+
+
+def upscaler_clip(part: Part, disable_dynamic: bool = False):
+    """The host's CLIP around the text encoder, with the ordinary tokenizer padded as SD2's is.
+
+    Raises:
+        QuantTuneError: tensors that do not fit the configuration.
+    """
+    sd2 = comfy.text_encoders.sd2_clip
+    skeleton = comfy.clip_model.CLIPTextModel({"eos_token_id": 0, **part.config}, torch.float32,
+                                              "meta", comfy.ops.manual_cast)
+    _check_fits(skeleton, part)
+    target = comfy.supported_models_base.ClipTarget(sd2.SD2Tokenizer, sd2.SD2ClipModel)
+    # diffusers keeps the layers up to the one whose output is taken, so that it is the last.
+    target.params["layer"] = "last"
+    return comfy.sd.CLIP(
+        target, embedding_directory=_embeddings(), disable_dynamic=disable_dynamic,
+        tokenizer_data={"clip_h_max_length": part.config["max_position_embeddings"]},
+        parameters=comfy.utils.calculate_parameters(part.state), state_dict=[part.state],
+        model_options={"clip_h_model_config": part.config})
+
+
+def _at_precision(model, precision: str, name: str):
+    if PRECISIONS[precision] is None:
+        return dynamic_int8(model, name=name)[0]
+    return quantize_model(model, PRECISIONS[precision], name=name)[0]
+
+
+def _embeddings():
+    return folder_paths.get_folder_paths("embeddings")
+
+
+def _check_fits(skeleton: torch.nn.Module, part: Part) -> None:
+    """Refuse tensors that do not fit before any memory is taken for the model they are of."""
+    expected = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
+    for keys, what in ((expected.keys() - part.state.keys(), "lacks the"),
+                       (part.state.keys() - expected.keys(), "has an unknown")):
+        if keys:
+            raise QuantTuneError(f"{part.where} {what} tensor '{min(keys)}' ({len(keys)} such); "
+                                 "download or save it again.")
+    for key, shape in expected.items():
+        if tuple(part.state[key].shape) != shape:
+            raise QuantTuneError(
+                f"{part.where} does not fit its own configuration: {key} has the shape "
+                f"{list(part.state[key].shape)}, not {list(shape)}; download or save it again.")
+
+
+def _unbuilt(part: Part, error: Exception) -> QuantTuneError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return QuantTuneError(f"{part.where} describes a network that ComfyUI cannot build "
+                          f"({reason[:100]}); download or save it again.")
