@@ -22,6 +22,8 @@ from .starter import LoadStarterModel
 from .train_qat import TrainQat
 from .train_scales import TrainScales
 from .training_images import ClassImagesNode, TrainingImagesNode
+from .upscale import Upscale4x
+from .upscaler import LoadUpscaler
 from .weight_change_map import WeightChangeMap
 
 
@@ -37,4 +39,4 @@ class QuantTuneExtension(ComfyExtension):
                 LoraTrain, LoadLora, SaveLora, MergeLora, AugmentImages, WeightChangeMap,
                 DynamicInt8, SaveForStock, CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode,
                 BenchmarkModel, CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront,
-                LayerTimesNode, SaveReport]
+                LayerTimesNode, SaveReport, LoadUpscaler, Upscale4x]

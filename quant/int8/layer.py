@@ -112,13 +112,14 @@ class Int8Layer:
         return y if self.low_rank is None else self._with_low_rank(y, x, scales)
 
     def _with_low_rank(self, y: Tensor, x: Tensor, scales: LayerScales | None) -> Tensor:
-        """``y + r_out * (up @ down) (x * s_in)``."""
+        """``y + r_out * (up @ down) (x * s_in)``; writes into ``y``, which is the product's own."""
         axis = -1 if self.conv is None else -3
         whole = self.low_rank.to(x.device, x.dtype)
         down = whole.down.view(whole.rank, x.shape[axis], -1)
         r_out = s_in = None
         if scales is not None:
             r_out, s_in = scales.r_out.chunk(len(self.parts), dim=1), scales.s_in
+        total = y if self.conv is None else y.movedim(1, -1)
         for index, part in enumerate(self.parts):
             inputs, lower, upper = x, down[:, part.columns], whole.up
             if len(self.parts) > 1:
@@ -129,19 +130,29 @@ class Int8Layer:
                     lower = lower * own[0, :, None]
                 else:
                     inputs = inputs * per_sample(own, inputs, axis)
-            if r_out is not None and r_out[index].shape[0] == 1:
-                upper = upper * r_out[index][0, :, None].to(x.dtype)
-            if self.conv is None:
-                term = F.linear(F.linear(inputs, lower.flatten(1)), upper)
-            else:
-                c = self.conv
-                hidden = F.conv2d(inputs, lower.unflatten(2, c.kernel), None, c.stride, c.padding,
-                                  c.dilation)
-                term = F.conv2d(hidden, upper[:, :, None, None])
+            hidden = self._hidden(inputs, lower)
             if r_out is not None and r_out[index].shape[0] > 1:
-                term = multiply(term, per_sample(r_out[index], term, axis))
-            y = y + term
+                term = F.linear(hidden, upper)
+                total += multiply(term, per_sample(r_out[index], term, -1))
+                continue
+            if r_out is not None:
+                upper = upper * r_out[index][0, :, None].to(x.dtype)
+            # One pass over the outputs, where they lie as a matrix.
+            if total.is_contiguous():
+                total.view(-1, len(upper)).addmm_(hidden.reshape(-1, whole.rank), upper.t())
+            else:
+                total += F.linear(hidden, upper)
         return y
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """``down`` ``[R, in, kernel]`` times the inputs, ``[..., R]``, channels last for images."""
+        if self.conv is None:
+            return F.linear(x, down.flatten(1))
+        c = self.conv
+        if down.shape[2] == 1 and c.stride == (1, 1) and c.padding == (0, 0):
+            return F.linear(x.movedim(1, -1), down.flatten(1))
+        down = down.unflatten(2, c.kernel).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, down, None, c.stride, c.padding, c.dilation).movedim(1, -1)
 
     def _forward(self, x, bias, scales):
         r_out = s_in = None

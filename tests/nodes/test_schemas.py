@@ -9,7 +9,7 @@ from quanttune.tests.harness.inprocess import pack_nodes
 
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 ROOT = Path(__file__).resolve().parents[2]
-LISTS = ("unet_name", "scale_name", "folder", "lpips_network", "lora_name")
+LISTS = ("unet_name", "scale_name", "folder", "lpips_network", "lora_name", "upscaler")
 """Inputs whose options are files and folders that are there."""
 
 
