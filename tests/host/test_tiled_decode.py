@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from quanttune.tests.host.upscale_models import image, pictures, seam_energy, small_vae
+from quanttune.tests.host.upscale_models import (
+    added_steps,
+    image,
+    pictures,
+    seam_energy,
+    small_vae,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +24,11 @@ def inference(comfy_inprocess):
         yield
 
 
-def decoded(vae, latent, tile):
+def decoded(vae, latent, tile, cut=0):
     from quanttune.host.tiled_decode import decode_into, decode_tiling
 
     height, width = latent.shape[2:]
-    picture, done = torch.zeros(4 * height, 4 * width, 3), []
+    picture, done = torch.zeros(4 * height - cut, 4 * width - cut, 3), []
     tiles = decode_tiling(height, width, tile, 4)
     decode_into(picture, vae, latent, tiles, lambda: done.append(1))
     assert len(done) == len(tiles)
@@ -40,10 +46,143 @@ def test_a_single_tile_is_what_the_host_decodes(vae):
         assert len(tiles) == 1 and torch.equal(picture, vae.decode(latent)[0])
 
 
-def test_tiles_never_exceed_the_largest(vae):
+def test_what_is_beyond_the_picture_is_cut_off(vae):
+    latent = smooth_latent(24, 40)
+    for tile in (24, 64):
+        whole, _ = decoded(vae, latent, tile)
+        picture, _ = decoded(vae, latent, tile, cut=28)
+        assert torch.equal(picture, whole[:-28, :-28])
+
+
+def test_tiles_never_exceed_the_largest(comfy_inprocess):
     from quanttune.host.tiled_decode import LARGEST_TILE, decode_tiling
 
     tiles = decode_tiling(1024, 900, 4096, 4)
     assert max(tiles.shape) <= 4 * LARGEST_TILE
     assert len(decode_tiling(1024, 900, None, 4)) == 1
     assert decode_tiling(30, 4000, 64, 4).shape[0] == 120
+
+
+def local(latent):
+    """A decoder that knows nothing of a pixel's neighbours."""
+    return latent[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def networklike(latent):
+    """What a VAE does at borders, and more of it: padding and statistics of the tile show."""
+    base = latent[:, :3]
+    blurred = torch.nn.functional.avg_pool2d(base, 7, 1, 3)
+    found = 0.5 * blurred + 0.5 * base - 0.2 * base.mean((2, 3), keepdim=True)
+    return torch.nn.functional.interpolate(found, scale_factor=4, mode="bilinear")
+
+
+def test_tiles_of_a_local_decoder_are_the_whole(vae, monkeypatch):
+    monkeypatch.setattr(vae.first_stage_model, "decode", local)
+    latent = smooth_latent(70, 45)
+    whole, tiled = decoded(vae, latent, None)[0], decoded(vae, latent, 24)[0]
+    assert (whole - tiled).abs().max() < 1e-6 and tiled.min() >= 0 and tiled.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["gradient", "flat", "text", "noise"])
+def test_no_seam_at_tile_borders(vae, monkeypatch, kind):
+    from quanttune.host import tiles
+
+    monkeypatch.setattr(vae.first_stage_model, "decode", networklike)
+    grain = torch.randn(1, 4, 100, 130, generator=torch.Generator().manual_seed(2))
+    latent = torch.nn.functional.pad(pictures(100, 130)[kind].movedim(-1, 1), (0, 0, 0, 0, 0, 1))
+    latent = latent * 1.2 - 0.6 + 0.05 * grain
+    whole, _ = decoded(vae, latent, None)
+    tiled, where = decoded(vae, latent, 48)
+    whole, tiled = whole.movedim(-1, 0), tiled.movedim(-1, 0)
+    where = where.vertical, where.horizontal
+    assert seam_energy(tiled, *where) <= 1.05 * max(1, seam_energy(whole, *where))
+    assert added_steps(tiled, whole, *where) <= 0.04
+    monkeypatch.setattr(tiles, "_windows", lambda size, length, starts: torch.stack([
+        (torch.arange(length) < end).float()
+        for end in [*(b - a for a, b in zip(starts, starts[1:])), length]]))
+    cut = decoded(vae, latent, 48)[0].movedim(-1, 0)
+    assert added_steps(cut, whole, *where) > 0.1
+
+
+def test_no_seam_in_what_random_weights_decode(vae):
+    for kind, picture in pictures(72, 64).items():
+        latent = torch.nn.functional.pad(picture.movedim(-1, 1), (0, 0, 0, 0, 0, 1)) * 4 - 2
+        tiled, where = decoded(vae, latent, 32)
+        energy = seam_energy(tiled.movedim(-1, 0), where.vertical, where.horizontal)
+        own = seam_energy(vae.decode(latent)[0].movedim(-1, 0), where.vertical, where.horizontal)
+        assert energy <= 1.05 * max(1, own), kind
+
+
+def test_memory_is_asked_for_one_tile_and_stop_leaves_the_vae_usable(vae, monkeypatch):
+    import comfy.model_management as management
+
+    latent, asked = smooth_latent(60, 60), []
+    before = decoded(vae, latent, 24)[0]
+    memory = vae.memory_used_decode
+    monkeypatch.setattr(vae, "memory_used_decode",
+                        lambda shape, dtype: (asked.append(shape), memory(shape, dtype))[1])
+
+    def stop():
+        management.interrupt_current_processing()
+
+    from quanttune.host.tiled_decode import decode_into, decode_tiling
+
+    with pytest.raises(management.InterruptProcessingException):
+        decode_into(torch.zeros(240, 240, 3), vae, latent, decode_tiling(60, 60, 24, 4), stop)
+    assert asked == [(1, 4, 24, 24)]
+    assert torch.equal(decoded(vae, latent, 24)[0], before)
+
+
+def test_tiles_share_the_tone_of_the_whole(comfy_inprocess, monkeypatch):
+    """Group norms are nearly as exact as with the whole latent; each tile's own are not."""
+    from quanttune.host import shared_norms
+
+    vae = small_vae()
+    # Attention to the whole latent is what tiles cannot have; without it norms alone differ.
+    monkeypatch.setattr(vae.first_stage_model.decoder.mid.attn_1, "forward", lambda x: x)
+    latent = torch.cat([0.3 * smooth_latent(96, 40), 2 * smooth_latent(96, 56, seed=1)], -1)
+    whole, _ = decoded(vae, latent, None)
+    names = set(dir(vae.first_stage_model.decoder.norm_out))
+    shared, _ = decoded(vae, latent, 32)
+    assert set(dir(vae.first_stage_model.decoder.norm_out)) == names
+    monkeypatch.setattr(shared_norms.SharedNorms, "_note", lambda *a: None)
+    own, _ = decoded(vae, latent, 32)
+    errors = [(found - whole).abs().mean().item() for found in (shared, own)]
+    assert errors[0] < errors[1] / 3, errors
+
+
+def test_held_statistics_of_the_same_input_are_the_ordinary_norm(comfy_inprocess):
+    import comfy.ops
+
+    from quanttune.host.shared_norms import SharedNorms
+
+    for kind in (comfy.ops.disable_weight_init, comfy.ops.manual_cast):
+        norm = kind.GroupNorm(4, 8)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(8, generator=generator))
+        x = torch.randn(1, 8, 6, 5, generator=generator) * 3 + 2
+        shared = SharedNorms(torch.nn.Sequential(norm))
+        with shared.measured():
+            ordinary = norm(x)
+        with shared.applied():
+            assert torch.allclose(norm(x), ordinary, atol=1e-5)
+            # And of a part of it what the whole has there.
+            assert torch.allclose(norm(x[..., :3]), ordinary[..., :3], atol=1e-5)
+        assert torch.equal(norm(x), ordinary) and "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("size, most, parts", [((100, 30), (64, 24), 1), ((600, 64), (64, 64), 3),
+                                               ((520, 513), (64, 64), 9), ((8, 8), (64, 64), 1)])
+def test_thinned_parts_are_no_larger_than_a_tile_and_cover_all(comfy_inprocess, size, most, parts):
+    from quanttune.host.tiled_decode import _thinned
+
+    latent = torch.arange(size[0] * size[1]).view(1, 1, *size)
+    found = list(_thinned(latent, most))
+    assert len(found) == parts
+    for part in found:
+        assert part.shape[2] <= most[0] and part.shape[3] <= most[1]
+    seen = torch.cat([part.flatten() for part in found])
+    assert len(set(seen.tolist())) == len(seen)
+    rows = seen // size[1]
+    assert rows.min() < 5 and rows.max() >= size[0] - 5

@@ -1,0 +1,79 @@
+"""Group norms of a decoder that use the statistics of the whole picture, whatever tile they see.
+
+A group norm takes mean and variance over all places. Of a tile they are the tile's, so that each
+comes out with a tone of its own, and with those of the whole picture it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.ops
+import torch
+
+
+class SharedNorms:
+    """Measures the group norms of a module in some forwards, and holds them to that in others.
+
+    The module is as it was outside of `measured` and `applied`.
+
+    Attributes:
+        norms: of the module, those of the host's kind.
+        sums: what was measured: how often, and the sums of mean and mean square of each group,
+            ``[groups]`` float32, by norm.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self.norms = [m for m in module.modules() if isinstance(m, torch.nn.GroupNorm)
+                      and isinstance(m, comfy.ops.CastWeightBiasOp) and m.affine]
+        self.sums: dict[torch.nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Note the statistics of each forward inside; they count alike."""
+        hooks = [norm.register_forward_pre_hook(self._note) for norm in self.norms]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the norms inside use what was measured in place of their input's statistics."""
+        held = [norm for norm in self.norms if norm in self.sums]
+        for norm in held:
+            count, mean, square = self.sums[norm]
+            norm.forward = _Held(norm, mean / count, square / count)
+        try:
+            yield
+        finally:
+            for norm in held:
+                del norm.forward
+
+    def _note(self, norm: torch.nn.GroupNorm, inputs: tuple[torch.Tensor]) -> None:
+        x = inputs[0]
+        variance, mean = torch.var_mean(x.reshape(x.shape[0], norm.num_groups, -1).float(), -1,
+                                        correction=0)
+        mean, square = mean.mean(0), (variance + mean ** 2).mean(0)
+        count, *sums = self.sums.get(norm, (0, 0, 0))
+        self.sums[norm] = (count + 1, sums[0] + mean, sums[1] + square)
+
+
+class _Held:
+    """A group norm's forward with given statistics: ``(x - mean) / std * weight + bias``."""
+
+    def __init__(self, norm: torch.nn.GroupNorm, mean: torch.Tensor, square: torch.Tensor):
+        each = norm.num_channels // norm.num_groups
+        spread = ((square - mean ** 2).clamp(min=0) + norm.eps).rsqrt()
+        self.norm = norm
+        self.mean, self.spread = (v.repeat_interleave(each) for v in (mean, spread))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, offloaded = comfy.ops.cast_bias_weight(self.norm, x, offloadable=True)
+        scale = weight.float() * self.spread.to(x.device)
+        shift = bias.float() - self.mean.to(x.device) * scale
+        comfy.ops.uncast_bias_weight(self.norm, weight, bias, offloaded)
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.view(shape), x.float(), scale.view(shape)).to(x.dtype)
