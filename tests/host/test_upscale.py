@@ -162,6 +162,41 @@ def test_guidance_patches_see_the_whole_latent(parts, monkeypatch):
     assert (found[0] - found[1]).abs().max() / found[1].abs().max() < 1e-5
 
 
+def test_hooks_of_a_conditioning_act_in_every_tile(parts):
+    """A LoRA in a hook gives what the LoRA in the model does, and is gone afterwards."""
+    import comfy.hooks
+    import comfy.sd
+
+    from quanttune.host.upscale import upscale
+
+    generator = torch.Generator().manual_seed(1)
+    name = "diffusion_model.output_blocks.7.0.out_layers.3"
+    lora = {f"{name}.lora_up.weight": torch.randn(32, 2, 1, 1, generator=generator),
+            f"{name}.lora_down.weight": torch.randn(2, 32, 3, 3, generator=generator)}
+    model, vae = small_upscaler(), parts[1]
+    picture, settings = image(70, 16), {"steps": 1, "cfg": 2.0, "tile_size": 64}
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    expected = upscale(patched, vae, picture, prompt(0), prompt(1), **settings)
+    plain = upscale(model, vae, picture, prompt(0), prompt(1), **settings)
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    hooked = [[[c[0], {"hooks": hooks}]] for conds in (prompt(0), prompt(1)) for c in conds]
+    found = upscale(model, vae, picture, *hooked, **settings)
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, plain,
+                                                                             atol=1e-2)
+    assert torch.equal(plain, upscale(model, vae, picture, prompt(0), prompt(1), **settings))
+
+
+def test_an_upscaler_in_8_bits(parts, monkeypatch):
+    from quanttune.tests.host.models import quantize
+
+    found = latents(monkeypatch)
+    packed, _ = quantize(parts[0], 8)
+    for model in (parts[0], packed):
+        run((model, parts[1]), image(66, 20), steps=1)
+    error = (found[1] - found[0]).abs().mean() / found[0].abs().mean()
+    assert 0 < error < 0.05
+
+
 def test_one_tile_is_the_whole_and_memory_is_asked_for_one_tile(parts, monkeypatch):
     import comfy.sampler_helpers
 
