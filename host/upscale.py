@@ -44,7 +44,7 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
         vae: its VAE.
         image: IMAGE ``[pictures, height, width, channels]``. Grey ones become RGB; a fourth channel
             (alpha) is enlarged by bicubic interpolation and put back.
-        positive, negative: CONDITIONING; the negative one may be empty when ``cfg`` is 1.
+        positive, negative: CONDITIONING, without places: see `upscale_inputs.NOT_CROPPED`.
         noise_level: 0 to 350.
         steps, cfg, seed, sampler, scheduler: as in the host's KSampler.
         tile_size, overlap: in pixels of ``image``, rounded to multiples of 8.

@@ -91,8 +91,8 @@ def conditioning(clip, prompt: str, negative_prompt: str, positive, negative,
                  cfg: float) -> tuple[list, list]:
     """Positive and negative CONDITIONING: what is connected, or else what CLIP makes of the words.
 
-    Raises QuantTuneError when there is neither; without guidance (``cfg`` 1) the negative one may
-    be missing.
+    Raises QuantTuneError when there is neither. Without guidance (``cfg`` 1) the negative one may
+    be missing; the positive one stands for it, for samplers that ask for it all the same.
     """
     found = []
     for name, text, given in (("positive", prompt, positive),
@@ -102,7 +102,7 @@ def conditioning(clip, prompt: str, negative_prompt: str, positive, negative,
         elif clip is not None:
             found.append(list(clip.encode_from_tokens_scheduled(clip.tokenize(text))))
         elif name == "negative" and cfg == 1.0:
-            found.append([])
+            found.append(found[0])
         else:
             raise QuantTuneError(f"There is nothing to read the {name} prompt; connect the "
                                  f"upscaler's CLIP, or a conditioning to '{name}'.")
@@ -113,6 +113,8 @@ def check_conditioning(model, positive: Sequence, negative: Sequence) -> None:
     """Raise QuantTuneError for a conditioning of another model, or one that tiles cannot follow."""
     needed = model.model.model_config.unet_config.get("context_dim")
     for name, conds in (("positive", positive), ("negative", negative)):
+        if not len(conds):
+            raise QuantTuneError(f"The {name} conditioning is empty; connect a prompt's.")
         for embedding, extra in conds:
             for key, told in NOT_CROPPED.items():
                 if extra.get(key) is not None:

@@ -90,8 +90,8 @@ def pipeline_latents(model, picture, level, steps, cfg, seed, final_alpha_one=Tr
     return found / 0.08333
 
 
-@pytest.mark.parametrize("level, size, cfg", [(0, (32, 24), 3.0), (20, (16, 40), 9.0),
-                                              (350, (24, 24), 3.0), (20, (24, 24), 1.0)])
+@pytest.mark.parametrize("level, size, cfg", [(0, (16, 24), 3.0), (20, (16, 40), 9.0),
+                                              (350, (16, 16), 1.0)])
 def test_untiled_it_is_diffusers_pipeline(parts, monkeypatch, level, size, cfg):
     """Same weights, same noise, DDIM: equal up to the rounding of float32."""
     with torch.inference_mode(False), torch.no_grad():
@@ -269,7 +269,7 @@ def test_no_seam_at_tile_borders(parts, monkeypatch, kind):
 def test_no_seam_in_what_a_network_of_random_weights_draws(parts, monkeypatch):
     found = latents(monkeypatch)
     for picture in pictures(96, 72).values():
-        run(parts, picture, steps=2, cfg=1.0)
+        run(parts, picture, steps=1, cfg=1.0)
         assert seam_energy(found[-1][0], *strips(96, 72)) <= SEAM
 
 
@@ -277,9 +277,9 @@ def test_no_seam_in_what_a_network_of_random_weights_draws(parts, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_image(parts):
-    one, two = (run(parts, image(37, 70), seed=4) for _ in range(2))
-    assert torch.equal(one, two) and not torch.equal(one, run(parts, image(37, 70), seed=5))
-    assert one.shape == (1, 148, 280, 3) and one.dtype == torch.float32
+    one, two = (run(parts, image(20, 70), seed=4) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, run(parts, image(20, 70), seed=5))
+    assert one.shape == (1, 80, 280, 3) and one.dtype == torch.float32
     assert one.min() >= 0 and one.max() <= 1
 
 
@@ -292,7 +292,7 @@ def test_an_image_of_a_batch_is_what_it_is_alone(parts, sampler):
         assert torch.equal(together[i], alone[0])
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (7, 3), (30, 400), (9, 65), (64, 64)])
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 3), (30, 200), (9, 65), (64, 64)])
 def test_any_shape(parts, height, width):
     found = run(parts, image(height, width), steps=1)
     assert found.shape == (1, 4 * height, 4 * width, 3) and torch.isfinite(found).all()
@@ -423,6 +423,8 @@ def test_conditioning_that_tiles_cannot_follow(parts):
             both[which] = [[embedding, extra]]
             with pytest.raises(QuantTuneError, match=told):
                 upscale(*parts, image(8, 8), *both)
+    with pytest.raises(QuantTuneError, match="negative conditioning is empty"):
+        upscale(*parts, image(8, 8), prompt(), [])
     with pytest.raises(QuantTuneError, match="width 768, but this upscaler needs 32"):
         upscale(*parts, image(8, 8), [[torch.zeros(1, 7, 768), {}]], prompt())
 
@@ -442,7 +444,8 @@ def test_words_or_conditioning(comfy_inprocess):
     assert read == ([["a cat", {}]], [["blur", {}]])
     given = conditioning(Clip(), "a cat", "blur", prompt(), None, 9.0)
     assert torch.is_tensor(given[0][0][0]) and given[1] == [["blur", {}]]
-    assert conditioning(None, "", "", prompt(), None, 1.0)[1] == []
+    positive, negative = conditioning(None, "", "", prompt(), None, 1.0)
+    assert positive is negative
     for match, arguments in {"the positive prompt": (None, "a", "", None, prompt(), 9.0),
                              "the negative prompt": (None, "", "", prompt(), None, 9.0)}.items():
         with pytest.raises(QuantTuneError, match=match):
