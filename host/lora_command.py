@@ -49,13 +49,15 @@ def train_lora(path: str | Path) -> int:
         images = images_of(config)
         data = encode(images, model, clip, vae, folder / ".cache")
         empty = encode_empty(model, clip) if training.caption_dropout else None
-    if epochs:
-        training = training.replace(steps=data.steps(
-            epochs, training.batch_size * training.gradient_accumulation))
     with pupil(model, training, NF4 if base.get("nf4") else AS_IT_IS, clip, start) as learner:
         device = learner.denoiser.device
         accelerator = Accelerator(cpu=device.type == "cpu", project_dir=str(folder),
                                   log_with=usable_trackers(trackers) or None)
+        if epochs:
+            # Each process takes a batch of its own, so that they see the images sooner.
+            training = training.replace(steps=data.steps(
+                epochs, training.batch_size * accelerator.num_processes,
+                training.gradient_accumulation))
 
         def keep(place, layers):
             return save_lora(place, exported_lora(layers, learner, model, clip, training,

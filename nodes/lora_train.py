@@ -49,8 +49,8 @@ class LoraTrain(io.ComfyNode):
                 io.Int.Input("steps", default=500, min=1, max=1_000_000,
                              tooltip="Optimizer steps."),
                 io.Int.Input("epochs", default=0, min=0, max=100_000,
-                             tooltip="How often every image is seen, in place of steps; 0 takes "
-                                     "the steps."),
+                             tooltip="How often every image is seen, in place of steps (those that "
+                                     "fill up a batch more often); 0 takes the steps."),
                 io.Int.Input("batch_size", default=1, min=1, max=1024,
                              tooltip="Images a step; more is steadier and slower."),
                 io.Float.Input("learning_rate", default=1e-4, min=0.0, max=1.0, step=1e-6,
@@ -123,8 +123,8 @@ class LoraTrain(io.ComfyNode):
             bool(validation_prompts.strip() or config.caption_dropout
                  or config.train_text_encoder))
         if epochs:
-            config = config.replace(steps=data.steps(
-                epochs, config.batch_size * config.gradient_accumulation))
+            config = config.replace(steps=data.steps(epochs, config.batch_size,
+                                                     config.gradient_accumulation))
         outcome = train_lora(
             model, data, config, run_name, base, subject, clip, start_from,
             encode_empty(model, clip) if config.caption_dropout else None,

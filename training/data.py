@@ -79,13 +79,21 @@ class TrainingSet:
             found.setdefault(tuple(latent.shape), []).append(index)
         return list(found.values())
 
-    def steps(self, epochs: int, batch_size: int) -> int:
-        """Steps of ``batch_size`` examples each in which all are seen ``epochs`` times.
+    def steps(self, epochs: int, batch_size: int, accumulation: int = 1) -> int:
+        """The fewest steps in which every example is seen ``epochs`` times.
 
-        Class images do not count; an epoch has a step for each begun batch of each shape.
+        Class images do not count. As `sampling.ExampleOrder` has it, an epoch is a batch for each
+        begun batch of each shape, and a step may take the last batches of one epoch and the first
+        of the next.
+
+        Args:
+            epochs: how often.
+            batch_size: examples a batch, those of all processes together.
+            accumulation: batches a step.
         """
         own = [sum(not self.prior[i] for i in bucket) for bucket in self.buckets()]
-        return epochs * sum(math.ceil(count / batch_size) for count in own)
+        batches = epochs * sum(math.ceil(count / batch_size) for count in own)
+        return math.ceil(batches / accumulation)
 
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents ``[B, ...]`` and conditions (`joined_conditions`) of examples of one shape."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -94,6 +95,25 @@ def test_a_lora_run_writes_a_file_and_goes_on_from_it(tmp_path, comfy_inprocess)
                                 base=f'nf4 = true\nlora = "{first}"'))
     assert run(path, "train-lora").returncode == 0
     assert (tmp_path / "next" / "out.safetensors").read_bytes() != before
+
+
+@pytest.mark.slow
+def test_epochs_of_two_processes_take_half_the_steps(tmp_path):
+    """Each takes a batch of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = tmp_path / "config.toml"
+    path.write_text(LORA.format(folder=tmp_path.as_posix(), base=""))
+    ranks = [subprocess.Popen(
+        [sys.executable, "-m", "quanttune", "train-lora", str(path)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
+             "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    told = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], told
+    assert "2 of 2 steps" in told[0][0], "alone it takes four"
 
 
 @pytest.mark.parametrize("text,match", [

@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from quanttune.tests.training.lora_toy import LoraToyDenoiser, trainer
 from quanttune.tests.training.test_trainer import start_script, two_ranks
 from quanttune.tests.training.toy import toy_set
 from quanttune.training.lora_trainer import LoraTrainer
+from quanttune.training.sampling import ExampleOrder
 
 
 def losses(folder):
@@ -179,3 +181,18 @@ def test_epochs_count_the_subject_alone():
     assert toy_set(5).steps(3, 2) == 9
     assert toy_set(5, prior=4).steps(3, 2) == 9
     assert toy_set(5, sizes=((8, 8), (8, 16))).steps(2, 2) == 6
+
+
+@pytest.mark.parametrize("batch_size,accumulation", [(1, 1), (1, 8), (3, 2), (2, 5)])
+def test_epochs_are_how_often_every_example_is_seen(batch_size, accumulation):
+    """Whatever the number of shapes; a step may reach from one epoch into the next."""
+    data = toy_set(10, sizes=((8, 8), (8, 16), (16, 8)))
+    order, seen = ExampleOrder(data.buckets(), batch_size, seed=0), Counter()
+    steps = data.steps(6, batch_size, accumulation)
+    for number in range(steps * accumulation):
+        seen.update(order.batch(number))
+    assert min(seen.values()) >= 6
+    extra = accumulation - 1  # batches of the last step that are over
+    per_epoch = sum(-(-len(b) // batch_size) for b in data.buckets())
+    assert 6 * per_epoch <= steps * accumulation <= 6 * per_epoch + extra
+    assert batch_size > 1 or sum(seen.values()) <= 6 * 10 + extra
