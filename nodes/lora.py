@@ -14,7 +14,7 @@ AS_IT_IS = "as it is"
 
 
 class LoadLora(io.ComfyNode):
-    """MODEL and a LoRA to MODEL, with a look at the file first."""
+    """MODEL and a LoRA to MODEL and the LoRA itself, with a look at the file first."""
 
     @classmethod
     def define_schema(cls):
@@ -52,6 +52,9 @@ class LoadLora(io.ComfyNode):
                                        "connected."),
                 io.String.Output("report", display_name="report",
                                  tooltip="How many layers matched, rank, alpha and strength."),
+                LORA_MODEL.Output("lora", display_name="lora",
+                                  tooltip="The LoRA itself, as the file holds it: for 'Save LoRA' "
+                                          "and start_from of 'LoRA Train'."),
             ],
         )
 
@@ -71,7 +74,7 @@ class LoadLora(io.ComfyNode):
             raise QuantTuneError("No LoRA is connected; choose a file in lora_name or connect "
                                  "'LoRA Train'.")
         patched, clip, report = apply_lora(model, clip, lora, strength_model, strength_clip)
-        return io.NodeOutput(patched, clip, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(patched, clip, report, lora, ui=ui.PreviewText(report))
 
 
 class SaveLora(io.ComfyNode):
@@ -88,8 +91,8 @@ class SaveLora(io.ComfyNode):
             search_aliases=["export lora", "kohya"],
             is_output_node=True,
             inputs=[
-                LORA_MODEL.Input("lora", tooltip="From 'LoRA Train', or from ComfyUI's own 'Train "
-                                                 "LoRA'."),
+                LORA_MODEL.Input("lora", tooltip="From 'LoRA Train', 'Load LoRA (quantized)', or "
+                                                 "ComfyUI's own 'Train LoRA'."),
                 io.String.Input("filename_prefix", default="loras/my_lora",
                                 tooltip="Name of the file in the output folder; a number is added. "
                                         "Names under loras/ appear in 'Load LoRA'."),

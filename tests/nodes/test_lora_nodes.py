@@ -63,7 +63,8 @@ def test_saved_it_appears_in_both_load_nodes_and_does_the_same(nodes, model):
         for output in (from_file, from_socket):
             assert torch.equal(models.forward(output.args[0], arguments), expected)
             assert output.args[1] is None
-    report = from_file.args[2]
+    report, read = from_file.args[2:]
+    assert read.keys() == lora.keys() and all(torch.equal(read[k], lora[k]) for k in lora)
     assert f"'{name}': " in report and "rank 4, alpha 6, strength 0.7" in report
     assert report in text_of(from_file) and "packed integers" not in report
 
@@ -75,10 +76,11 @@ def test_on_integers_with_a_text_encoder_and_in_a_chain(nodes, model):
     lora = trained(model, clip=clip)
     load = nodes["QuantTuneLoadLora"]
     connected = {"lora_name": "(connected LoRA)", "lora": lora}
-    one, one_clip, report = run_node(load, model=quantized, clip=clip, strength_clip=0.5,
-                                     **connected).args
+    one, one_clip, report, given = run_node(load, model=quantized, clip=clip, strength_clip=0.5,
+                                            **connected).args
+    assert given is lora
     assert "0.5 on the text encoder" in report and "without rounding" in report
-    both, both_clip, _ = run_node(load, model=one, clip=one_clip, strength_model=0.5,
+    both, both_clip, *_ = run_node(load, model=one, clip=one_clip, strength_model=0.5,
                                   **connected).args
     key = next(iter(one.patches))
     assert len(one.patches[key]) == 1 and len(both.patches[key]) == 2 and not quantized.patches
@@ -93,7 +95,7 @@ def test_on_integers_with_a_text_encoder_and_in_a_chain(nodes, model):
 
 
 def test_strength_zero_leaves_the_model_alone(nodes, model):
-    patched, _, report = run_node(nodes["QuantTuneLoadLora"], model=model, lora=trained(model),
+    patched, _, report, _ = run_node(nodes["QuantTuneLoadLora"], model=model, lora=trained(model),
                                   lora_name="(connected LoRA)", strength_model=0.0).args
     assert not patched.patches and "strength 0." in report
 
@@ -104,7 +106,7 @@ def test_reports_tell_what_does_not_fit(nodes, model):
     lora["lora_unet_elsewhere.lora_down.weight"] = torch.ones(4, 4)
     lora["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"] = torch.ones(4, 4)
     lora["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(4, 4)
-    patched, _, report = run_node(nodes["QuantTuneLoadLora"], model=model, lora=lora,
+    patched, _, report, _ = run_node(nodes["QuantTuneLoadLora"], model=model, lora=lora,
                                   lora_name="(connected LoRA)").args
     matched = len(patched.patches)
     assert f"{matched} of {matched + 1} layers matched" in report
@@ -124,7 +126,7 @@ def test_other_kinds_are_left_to_the_host(nodes, model):
         stock, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         arguments = models.inputs(model)
         expected = models.forward(stock, arguments)
-    patched, _, report = run_node(nodes["QuantTuneLoadLora"], model=model, lora=lora,
+    patched, _, report, _ = run_node(nodes["QuantTuneLoadLora"], model=model, lora=lora,
                                   lora_name="(connected LoRA)").args
     assert "1 x loha" in report
     with torch.inference_mode():
@@ -172,7 +174,7 @@ def test_the_hosts_own_lora_model_is_saved(nodes, model):
             f"{name}.lora_down.weight": torch.nn.Parameter(torch.ones(2, inputs)),
             f"{name}.alpha": torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)}
     path, = run_node(nodes["QuantTuneSaveLora"], lora=lora, filename_prefix="loras/theirs").args
-    patched, _, report = run_node(nodes["QuantTuneLoadLora"], model=model,
+    patched, _, report, _ = run_node(nodes["QuantTuneLoadLora"], model=model,
                                   lora_name=os.path.basename(path)).args
     assert len(patched.patches) == 1 and "1 of 1 layers matched" in report
 

@@ -1,6 +1,7 @@
 """LoRA Train as the executor runs it, on the starter."""
 
 import csv
+import os
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def starter(comfy_inprocess):
 
 @pytest.fixture
 def nodes(host_folders):
+    import folder_paths
+
+    # What the host's main does.
+    folder_paths.add_model_folder_path(
+        "loras", os.path.join(folder_paths.get_output_directory(), "loras"))
     return pack_nodes()
 
 
@@ -89,6 +95,20 @@ def test_stop_keeps_the_steps_so_far_and_queueing_again_goes_on(nodes, starter, 
     assert node.fingerprint_inputs(run_name="stopped") != new, "so the graph runs it again"
     rest = train(nodes, starter, images, run_name="stopped").args[0]
     assert rest.keys() == whole.keys() and all(torch.equal(rest[k], whole[k]) for k in whole)
+
+
+def test_a_lora_file_is_trained_on_in_a_graph(nodes, starter, images):
+    """By 'Load LoRA (quantized)': to what the LoRA that was never saved comes to."""
+    options = {"preview_every": 0, "steps": 2}
+    first = train(nodes, starter, images, **options).args[0]
+    path, = run_node(nodes["QuantTuneSaveLora"], lora=first, dtype="float32").args
+    *_, loaded = run_node(nodes["QuantTuneLoadLora"], model=starter[0],
+                          lora_name=os.path.basename(path)).args
+    ends = [train(nodes, starter, images, run_name=name, start_from=start, **options).args[0]
+            for name, start in (("from-memory", first), ("from-file", loaded))]
+    key = next(k for k in first if k.endswith("lora_up.weight"))
+    assert ends[0].keys() == ends[1].keys() and not torch.equal(ends[0][key], first[key])
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
 def test_latents_and_conditioning_in_place_of_images(nodes, starter):
