@@ -105,7 +105,7 @@ def train_scales(path: str | Path) -> int:
         model, clip, vae, name = load_quantized(config["base"])
         images = images_of(config)
         data = encode(images, model, clip, vae, folder / ".cache")
-        empty = encode_empty(model, clip) if training.caption_dropout else None
+        empty = encode_empty(model, clip, data) if training.caption_dropout else None
     with training_copy(model, training.precision) as denoiser:
         accelerator = Accelerator(cpu=denoiser.device.type == "cpu", project_dir=str(folder),
                                   log_with=usable_trackers(trackers) or None)

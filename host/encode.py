@@ -12,7 +12,7 @@ import torch
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import read_safetensors, write_safetensors
-from ..training.data import TrainingImages, TrainingSet
+from ..training.data import EmptyCaptions, TrainingImages, TrainingSet
 
 
 def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None) -> TrainingSet:
@@ -46,13 +46,19 @@ def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None
                        _fingerprint(latents, conditions, images.prior))
 
 
-def encode_empty(patcher, clip, size: Sequence[int] = (64, 64)) -> Mapping[str, torch.Tensor]:
-    """Conditions of an empty caption, for caption dropout."""
-    channels = patcher.get_model_object("latent_format").latent_channels
+def encode_empty(patcher, clip, data: TrainingSet) -> EmptyCaptions:
+    """Conditions of an empty caption for each shape of latents, for caption dropout.
+
+    Some families are told the size of the picture beside the caption (SDXL).
+    """
+    found = {}
     with torch.inference_mode():
-        found = conditions_of(patcher, clip, "", torch.zeros(channels, *size))
+        [embedding, extra], *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        for latent in data.latents:
+            if latent.shape not in found:
+                found[latent.shape] = _conditions(patcher, embedding, extra, latent)
     with torch.inference_mode(False):
-        return {k: v.clone() for k, v in found.items()}
+        return {shape: {k: v.clone() for k, v in row.items()} for shape, row in found.items()}
 
 
 def conditions_of(patcher, clip, caption: str, latent: torch.Tensor) -> dict[str, torch.Tensor]:

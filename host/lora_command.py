@@ -48,7 +48,7 @@ def train_lora(path: str | Path) -> int:
         model, clip, vae, _ = load(base)
         images = images_of(config)
         data = encode(images, model, clip, vae, folder / ".cache")
-        empty = encode_empty(model, clip) if training.caption_dropout else None
+        empty = encode_empty(model, clip, data) if training.caption_dropout else None
     with pupil(model, training, NF4 if base.get("nf4") else AS_IT_IS, clip, start) as learner:
         device = learner.denoiser.device
         accelerator = Accelerator(cpu=device.type == "cpu", project_dir=str(folder),

@@ -15,7 +15,7 @@ from PIL import Image
 from ..metrics.charts import loss_chart
 from ..quant import QuantTuneError
 from ..training.adapters import Adapters, adapters
-from ..training.data import TrainingSet
+from ..training.data import EmptyCaptions, TrainingSet
 from ..training.lora_config import LoraTraining
 from ..training.lora_trainer import LoraResult, LoraTrainer
 from ..training.nf4 import nf4_layers
@@ -150,7 +150,7 @@ def train_lora(
     subject: str = "",
     clip=None,
     start: LoraWeights | None = None,
-    empty: Mapping[str, torch.Tensor] | None = None,
+    empty: EmptyCaptions | None = None,
     validation: Validation | None = None,
     trackers: Sequence[str] = (),
     node_id: str | None = None,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..metrics.charts import loss_chart
 from ..quant import ScaleMetadata
 from ..training.config import ScaleTraining
-from ..training.data import TrainingSet
+from ..training.data import EmptyCaptions, TrainingSet
 from ..training.trainer import ScaleTrainer, TrainingResult
 from .build import quantized_model
 from .routing import apply_scale_set
@@ -44,7 +43,7 @@ def train(
     config: ScaleTraining,
     name: str,
     subject: str = "",
-    empty: Mapping[str, torch.Tensor] | None = None,
+    empty: EmptyCaptions | None = None,
     validation: Validation | None = None,
     trackers: Sequence[str] = (),
     node_id: str | None = None,

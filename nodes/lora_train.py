@@ -127,7 +127,7 @@ class LoraTrain(io.ComfyNode):
                                                      config.gradient_accumulation))
         outcome = train_lora(
             model, data, config, run_name, base, subject, clip, start_from,
-            encode_empty(model, clip) if config.caption_dropout else None,
+            encode_empty(model, clip, data) if config.caption_dropout else None,
             shared.validation_of(validation_prompts, validation_size, validation_steps,
                                  validation_cfg, config.seed, clip, vae),
             [] if tracker == "none" else [tracker], cls.hidden.unique_id,

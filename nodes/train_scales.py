@@ -101,7 +101,7 @@ class TrainScales(io.ComfyNode):
                                        bool(validation_prompts.strip() or caption_dropout))
         outcome = train(
             model, data, config, run_name, subject,
-            encode_empty(model, clip) if caption_dropout else None,
+            encode_empty(model, clip, data) if caption_dropout else None,
             shared.validation_of(validation_prompts, validation_size, validation_steps,
                                  validation_cfg, seed, clip, vae),
             [] if tracker == "none" else [tracker], cls.hidden.unique_id,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 
+EmptyCaptions = Mapping[tuple[int, ...], Mapping[str, Tensor]]
+"""Conditions of an empty caption, each ``[1, ...]``, by the shape ``[C, H, W]`` of the latents."""
 ROOM = 0.8
 """Share of the free memory that pictures may take."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..quant import LayerScales, QuantTuneError
-from .data import TrainingSet
+from .data import EmptyCaptions, TrainingSet
 from .loop import TrainingLoop, plain
 from .objective import denoising_loss, loss_weight
 from .optimizers import rate_factor
@@ -67,7 +67,8 @@ class DenoisingTrainer(TrainingLoop):
         config: settings.
         folder: where the state, the losses and the trackers' files go.
         num_experts: N intervals that timesteps are drawn from in turn; 1 for all alike.
-        empty: conditions of an empty caption, for ``caption_dropout``.
+        empty: conditions of an empty caption for the shapes of the examples' latents, for
+            ``caption_dropout``.
         trackers: of `history.TRACKERS`.
         accelerator: an `accelerate.Accelerator`, or None to make one for this process.
 
@@ -77,7 +78,7 @@ class DenoisingTrainer(TrainingLoop):
 
     def __init__(self, denoiser: Denoiser, data: TrainingSet, config: DenoisingTraining,
                  folder: Path | str, num_experts: int = 1,
-                 empty: Mapping[str, Tensor] | None = None, trackers: Sequence[str] = (),
+                 empty: EmptyCaptions | None = None, trackers: Sequence[str] = (),
                  accelerator=None):
         if not data.latents or all(data.prior):
             raise QuantTuneError("There is no image to train on; connect 'Training Images'.")
@@ -129,7 +130,8 @@ class DenoisingTrainer(TrainingLoop):
         drop = torch.zeros(size, dtype=torch.bool)
         if config.caption_dropout:
             drop = torch.rand(size, generator=generator) < config.caption_dropout
-            conditions = without_captions(conditions, self.empty, drop)
+            empty = self.empty[tuple(clean.shape[1:])]
+            conditions = without_captions(conditions, empty, drop)
         timesteps = timesteps[piece * size : (piece + 1) * size]
         # Every process draws for all of them and keeps its share.
         mine = slice(self.accelerator.process_index * config.batch_size,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from .adapters import Adapters
-from .data import TrainingSet
+from .data import EmptyCaptions, TrainingSet
 from .denoising import Denoiser, DenoisingTrainer
 from .history import StepRecord
 from .loop import Progress
@@ -62,7 +62,7 @@ class LoraTrainer(DenoisingTrainer):
 
     def __init__(self, denoiser: Denoiser, learns: Mapping[str, Adapters], data: TrainingSet,
                  config: LoraTraining, folder: Path | str,
-                 empty: Mapping[str, Tensor] | None = None, reader: Reader | None = None,
+                 empty: EmptyCaptions | None = None, reader: Reader | None = None,
                  start: str = "", keep: Callable[[Path, Mapping], object] | None = None,
                  trackers: Sequence[str] = (), accelerator=None):
         """Prepare, and go on from the folder's state if it has one.
@@ -73,7 +73,7 @@ class LoraTrainer(DenoisingTrainer):
             data: encoded examples.
             config: settings.
             folder: where the state, the losses and the trackers' files go.
-            empty: conditions of an empty caption, for ``caption_dropout``.
+            empty: conditions of an empty caption by shape, for ``caption_dropout``.
             reader: the text encoder, if it learns.
             start: a key of what the adapters began from, "" for none.
             keep: writes `export`'s adapters to a file, for a run that cannot go on.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..quant import LayerScales, ScaleMetadata, ScaleSet, save_scale_set
 from .config import ScaleTraining
-from .data import TrainingSet
+from .data import EmptyCaptions, TrainingSet
 from .denoising import Denoiser, DenoisingTrainer
 from .history import StepRecord
 from .loop import Progress
@@ -49,7 +49,7 @@ class ScaleTrainer(DenoisingTrainer):
         config: ScaleTraining,
         folder: Path | str,
         metadata: ScaleMetadata | None = None,
-        empty: Mapping[str, Tensor] | None = None,
+        empty: EmptyCaptions | None = None,
         trackers: Sequence[str] = (),
         accelerator=None,
     ):
@@ -61,7 +61,7 @@ class ScaleTrainer(DenoisingTrainer):
             config: settings.
             folder: where the state, the losses and the trackers' files go.
             metadata: of the scale set; steps and seed are filled in.
-            empty: conditions of an empty caption, for ``caption_dropout``.
+            empty: conditions of an empty caption by shape, for ``caption_dropout``.
             trackers: of `history.TRACKERS`.
             accelerator: an `accelerate.Accelerator`, or None to make one for this process.
 

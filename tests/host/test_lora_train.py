@@ -353,7 +353,7 @@ def test_the_first_step_with_a_text_encoder_is_that_without(output_folder):
     for train_text in (False, True):
         outcome = train_lora(model, data, settings(steps=1, train_text_encoder=train_text,
                                                    caption_dropout=0.5),
-                             f"text-{train_text}", clip=clip, empty=encode_empty(model, clip))
+                             f"text-{train_text}", clip=clip, empty=encode_empty(model, clip, data))
         losses.append(outcome.result.history[0].loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

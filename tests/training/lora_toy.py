@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from quanttune.tests.training.toy import ToyDenoiser, toy_set
+from quanttune.tests.training.toy import ToyDenoiser, empty_of, toy_set
 from quanttune.training.adapters import adapters
 from quanttune.training.lora_config import LoraTraining
 from quanttune.training.lora_trainer import LoraTrainer
@@ -54,6 +54,7 @@ def trainer(folder, data=None, denoiser=None, start="", **changes):
     """A trainer of the toy in ``folder``."""
     denoiser, config = denoiser or LoraToyDenoiser(), settings(**changes)
     names = [n for n, m in denoiser.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    data = data or toy_set()
     with adapters(denoiser.net, config.chosen(names), config, denoiser.device) as own:
-        yield LoraTrainer(denoiser, {"diffusion_model": own}, data or toy_set(), config, folder,
-                          {"c_crossattn": torch.zeros(1, 3, 6)}, start=start)
+        yield LoraTrainer(denoiser, {"diffusion_model": own}, data, config, folder,
+                          empty_of(data), start=start)

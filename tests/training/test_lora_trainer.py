@@ -177,6 +177,23 @@ def test_what_was_learnt_before_nan_is_kept(tmp_path):
                for v in layers["diffusion_model"].values())
 
 
+def test_a_dropped_caption_leaves_the_size_of_the_picture(tmp_path):
+    """What goes with an empty caption may depend on the shape of the latents."""
+    class Watched(LoraToyDenoiser):
+        def denoise(self, noised, sigma, conditions, *args, **kwargs):
+            sides = noised.shape[-2] * noised.shape[-1]
+            assert bool((conditions["c_crossattn"] == sides).all())
+            self.seen.append(sides)
+            return super().denoise(noised, sigma, conditions, *args, **kwargs)
+
+    data, seen = toy_set(6, sizes=((8, 8), (8, 16))), Watched()
+    with trainer(tmp_path, data, seen, caption_dropout=1.0, steps=6) as run:
+        for shape in run.empty:
+            run.empty[shape] = {"c_crossattn": torch.full((1, 3, 6), float(shape[1] * shape[2]))}
+        run.run()
+    assert set(seen.seen) == {64, 128}
+
+
 def test_epochs_count_the_subject_alone():
     assert toy_set(5).steps(3, 2) == 9
     assert toy_set(5, prior=4).steps(3, 2) == 9

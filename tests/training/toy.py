@@ -69,8 +69,14 @@ def settings(**changes):
 
 def trainer(folder, denoiser=None, data=None, **changes):
     """A trainer of the toy in ``folder``."""
-    return ScaleTrainer(denoiser or ToyDenoiser(), data or toy_set(), settings(**changes), folder,
-                        empty={"c_crossattn": torch.zeros(1, 3, 6)})
+    data = data or toy_set()
+    return ScaleTrainer(denoiser or ToyDenoiser(), data, settings(**changes), folder,
+                        empty=empty_of(data))
+
+
+def empty_of(data):
+    """Conditions of an empty caption for each shape of the examples."""
+    return {tuple(latent.shape): {"c_crossattn": torch.zeros(1, 3, 6)} for latent in data.latents}
 
 
 def same_sets(a, b):
