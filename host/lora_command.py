@@ -70,6 +70,8 @@ def train_lora(path: str | Path) -> int:
             keep(target, result.layers)
             print(f"{training.mode} on {learner.bits}: {len(result.history)} of {training.steps} "
                   f"steps, {result.num_parameters:,} parameters in {target}")
+            for note in learner.notes(training):
+                print(note)
             if result.message:
                 print(result.message, file=sys.stderr)
     return 0 if result.finished else 130

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def export_lora(layers: Mapping[str, LoraLayer], model, clip=None,
 
 
 def import_lora(lora: Mapping[str, Tensor], model, clip=None,
-                name: str = "") -> dict[str, LoraLayer]:
+                name: str = "", notes: bool = True) -> dict[str, LoraLayer]:
     """The layers of a LoRA by the host's names, to train on or to look at.
 
     Reads plain LoRA and DoRA under every name that ComfyUI knows, and those of peft's and
@@ -79,6 +80,7 @@ def import_lora(lora: Mapping[str, Tensor], model, clip=None,
         model: MODEL.
         clip: CLIP or None; without one layers of text encoders are left out.
         name: for messages; by default the LoRA's own.
+        notes: whether the log says that layers of text encoders are left out.
 
     Raises:
         QuantTuneError: as `lora_fit.fit_lora`; and adapters that are no LoRA, or more rank than
@@ -109,7 +111,7 @@ def import_lora(lora: Mapping[str, Tensor], model, clip=None,
     if not layers:
         raise QuantTuneError(f"'{name}' holds no plain LoRA that could be trained further; use it "
                              "with 'Load LoRA'.")
-    for note in fit.notes():
+    for note in (fit if notes else replace(fit, encoders=0)).notes():
         logging.warning(note)
     if others := len(fit.patches) - sum(map(len, pieces.values())):
         logging.warning("'%s' also changes %d norms and biases, which are left out.", name, others)

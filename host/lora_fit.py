@@ -113,7 +113,7 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
         # A name alone changes nothing: the host reads no adapter of less than its first part.
         if layer in keys and {keys[layer], f"{_layer(keys[layer])}.bias"} & patches.keys():
             found += 1
-        elif clip is None and _of_encoder(layer):
+        elif clip is None and of_encoder(layer):
             encoders += 1
         else:
             unknown.append(layer)
@@ -229,7 +229,8 @@ def check_tensors(lora, name: str) -> None:
                                  f"number '{brief(tensors[ALPHA])}'; {AGAIN}.")
 
 
-def _of_encoder(layer: str) -> bool:
+def of_encoder(layer: str) -> bool:
+    """Whether the name of a layer in a file is one of a text encoder."""
     layer = layer.removeprefix(WRAPPER)
     return layer.startswith(("lora_te", "text_model.", "text_encoders.")) or (
         layer.partition(".")[0] in ENCODERS)

@@ -61,7 +61,7 @@ def normalised(lora: Mapping[str, Tensor], keys: Mapping, config: Mapping,
         made = {role: lora[tensors.pop(role)] for role in KOHYA if role in tensors}
         rank = made[DOWN].shape[0]
         if ALPHA not in made:
-            made[ALPHA] = torch.tensor(_alpha(layer, rank, config))
+            made[ALPHA] = torch.tensor(peft_alpha(layer, rank, config))
         if PEFT_MAGNITUDE in tensors:
             values = lora[tensors.pop(PEFT_MAGNITUDE)]
             made[MAGNITUDE] = _magnitude(values, made, keys[target], weight)
@@ -118,7 +118,7 @@ def peft_config(metadata: Mapping[str, str]) -> dict:
     return config
 
 
-def _alpha(layer: str, rank: int, config: Mapping) -> float:
+def peft_alpha(layer: str, rank: int, config: Mapping) -> float:
     """The stock alpha of a layer: peft's scale times the rank."""
     part, _, name = layer.partition(".")
     own = {k.removeprefix(f"{part}."): v for k, v in config.items() if k.startswith(f"{part}.")}

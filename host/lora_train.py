@@ -17,12 +17,14 @@ from ..quant import QuantTuneError
 from ..training.adapters import Adapters, adapters
 from ..training.data import EmptyCaptions, TrainingSet
 from ..training.lora_config import LoraTraining
+from ..training.lora_layer import LoraLayer
 from ..training.lora_trainer import LoraResult, LoraTrainer
 from ..training.nf4 import nf4_layers
 from .build import quantized_model
 from .identity import identity_of
 from .lora import hold_patches
-from .lora_file import LoraWeights, export_lora, import_lora, save_lora
+from .lora_file import LoraWeights, export_lora, save_lora
+from .lora_start import Start, read_start
 from .ops import scaled_layers
 from .quantize import PREFIX
 from .run import PictureWatcher, Validation, replaced, run_folder, stopped
@@ -64,12 +66,24 @@ class Pupil:
         learns: `MODEL` and maybe `TEXT` to their adapters.
         reader: the text encoder, if it learns.
         bits: of the base, for the report and the file.
+        start: what the adapters began from, if not from nothing.
     """
 
     denoiser: HostDenoiser
     learns: Mapping[str, Adapters]
     reader: HostReader | None
     bits: str
+    start: Start | None = None
+
+    def notes(self, config: LoraTraining) -> list[str]:
+        """What the user should know of ranks and of the LoRA to begin with, a sentence each."""
+        notes = [] if self.start is None else self.start.note(config.rank)
+        # What began from a LoRA has that one's ranks.
+        if self.start is None and (
+                smaller := [n for own in self.learns.values() for n in own.smaller]):
+            notes.append(f"{len(smaller)} of them have fewer channels than the rank and take that "
+                         f"many (first: '{smaller[0]}').")
+        return notes
 
     def watch(self, learning: bool) -> None:
         """Adapters without dropout to look at what was learnt, and with it to go on."""
@@ -100,9 +114,8 @@ def pupil(patcher, config: LoraTraining, base: str = AS_IT_IS, clip=None,
                              f"connect the float model, or set the base to '{AS_IT_IS}'.")
     if config.train_text_encoder and clip is None:
         raise QuantTuneError("train_text_encoder needs a CLIP; connect it, or set it to false.")
-    given = None if start is None else import_lora(
-        start, patcher, clip if config.train_text_encoder else None,
-        getattr(start, "name", "") or "the LoRA to begin with")
+    given = None if start is None else read_start(start, patcher, clip,
+                                                  config.train_text_encoder)
     with ExitStack() as stack:
         if own is not None:
             denoiser = stack.enter_context(training_copy(patcher, config.precision))
@@ -115,30 +128,33 @@ def pupil(patcher, config: LoraTraining, base: str = AS_IT_IS, clip=None,
         hold_patches(denoiser.patcher, config.dora)
         unet = denoiser.base.diffusion_model
         names = config.chosen(scaled_layers(unet))
+        if given is not None:
+            given.check(config, scaled_layers(unet))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if with_nf4:
             stack.enter_context(nf4_layers(unet, denoiser.base.get_dtype_inference(),
                                            denoiser.device))
-        learns = {MODEL: stack.enter_context(adapters(unet, names, config, denoiser.device))}
+        learns = {MODEL: stack.enter_context(adapters(
+            unet, names, config, denoiser.device, _ranks(given and given.unet)))}
         reader = None
         if config.train_text_encoder:
             reader = stack.enter_context(text_copy(clip, denoiser.patcher))
             learns[TEXT] = stack.enter_context(adapters(
                 reader.module, reader.layers(), config,
-                reader.clip.patcher.load_device))
+                reader.clip.patcher.load_device, _ranks(given and given.text)))
         if given is not None:
-            _begin(learns, given, getattr(start, "name", "") or "the LoRA")
+            learns[MODEL].load(given.unet, given.name)
+            # Without any of its own, the text encoder begins anew.
+            if given.text:
+                learns[TEXT].load(given.text, given.name)
         denoiser.learns = [p for a in learns.values() for p in a.parameters]
         denoiser.random = config.dropout > 0
-        yield Pupil(denoiser, learns, reader, bits)
+        yield Pupil(denoiser, learns, reader, bits, given)
 
 
-def _begin(learns: Mapping[str, Adapters], given: Mapping, name: str) -> None:
-    parts = {MODEL: {n.removeprefix(PREFIX): v for n, v in given.items() if n.startswith(PREFIX)},
-             TEXT: {n: v for n, v in given.items() if not n.startswith(PREFIX)}}
-    for module, own in learns.items():
-        own.load(parts[module], name)
+def _ranks(layers: Mapping[str, LoraLayer] | None) -> dict[str, int]:
+    return {name: layer.rank for name, layer in (layers or {}).items()}
 
 
 def train_lora(
@@ -211,7 +227,10 @@ def exported_lora(layers: Mapping, learner: Pupil, patcher, clip, config: LoraTr
                 "ss_optimizer": config.optimizer, "ss_lr_scheduler": config.scheduler,
                 "ss_seed": str(config.seed), "quanttune.base": learner.bits,
                 "quanttune.subject": subject, "quanttune.mode": config.mode}
-    return export_lora(named, patcher, clip, metadata)
+    lora = export_lora(named, patcher, clip, metadata)
+    if learner.start is not None:
+        lora.update(learner.start.kept)
+    return lora
 
 
 class LoraWatcher(PictureWatcher):
@@ -245,9 +264,7 @@ def _report(result: LoraResult, learner: Pupil, config: LoraTraining, name: str,
               for m, own in result.layers.items()]
     lines.append(f"{' and '.join(counts)}, {result.num_parameters:,} parameters, "
                  f"{4 * result.num_parameters / 1e6:.2f} MB in float32")
-    if smaller := [n for own in learner.learns.values() for n in own.smaller]:
-        lines.append(f"{len(smaller)} of them have fewer channels than the rank and take that many "
-                     f"(first: '{smaller[0]}').")
+    lines += learner.notes(config)
     if not result.finished:
         lines.append(stopped(name, anew))
     if result.message:

@@ -31,7 +31,9 @@ class LoraTrain(io.ComfyNode):
                 *shared.examples(),
                 LORA_MODEL.Input("start_from", optional=True,
                                  tooltip="A LoRA to train on, from 'Load LoRA (quantized)' or a "
-                                         "training; targets and rank have to be its own."),
+                                         "training; targets have to be its own, and rank one of "
+                                         "its ranks. A text encoder that does not train keeps "
+                                         "its part."),
                 *shared.run("my-lora"),
                 io.Combo.Input("base", options=list(BASES), default=BASES[0],
                                tooltip="What the LoRA is trained on: the model as it is connected, "

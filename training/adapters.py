@@ -118,7 +118,8 @@ def _base_weight(layer: nn.Module, delta: Tensor) -> Tensor:
 
 @contextmanager
 def adapters(module: nn.Module, names: Sequence[str], config: LoraTraining,
-             device: torch.device) -> Iterator[Adapters]:
+             device: torch.device, ranks: Mapping[str, int] | None = None
+             ) -> Iterator[Adapters]:
     """Put adapters on the layers ``names`` of a frozen ``module``, and take them off in the end.
 
     Every ``up`` begins at 0, so that the model is what it was; every ``down`` is drawn from the
@@ -129,6 +130,7 @@ def adapters(module: nn.Module, names: Sequence[str], config: LoraTraining,
         names: of layers, as in ``module.named_modules()``.
         config: rank, alpha, dropout and kind.
         device: of the adapters.
+        ranks: of layers that take another rank than the configuration's, at the same scaling.
 
     Raises:
         QuantTuneError: a rank larger than every layer, or a kind that peft lacks for a layer.
@@ -137,19 +139,21 @@ def adapters(module: nn.Module, names: Sequence[str], config: LoraTraining,
 
     modules = dict(module.named_modules())
     originals = {name: modules[name] for name in names}
-    ranks = {name: min(config.rank, largest_rank(_shape(m))) for name, m in originals.items()}
-    if max(ranks.values()) < config.rank:
+    most = {name: largest_rank(_shape(m)) for name, m in originals.items()}
+    if max(most.values()) < config.rank:
         raise QuantTuneError(f"The rank {config.rank} is larger than every layer that would be "
-                             f"trained (at most {max(ranks.values())}); choose a smaller rank.")
-    smaller = {name: r for name, r in ranks.items() if r < config.rank}
+                             f"trained (at most {max(most.values())}); choose a smaller rank.")
+    wanted = {name: min((ranks or {}).get(name, config.rank), most[name]) for name in names}
+    others = {name: r for name, r in wanted.items() if r != config.rank}
+    smaller = [name for name, r in others.items() if r == most[name] < config.rank]
     how = LoraConfig(
         r=config.rank, lora_alpha=config.alpha or config.rank, lora_dropout=config.dropout,
         use_rslora=config.rslora, target_modules=_exactly(names),
-        rank_pattern={_exactly([n]): r for n, r in smaller.items()},
+        rank_pattern={_exactly([n]): r for n, r in others.items()},
         alpha_pattern={_exactly([n]): config.scaling * (r**0.5 if config.rslora else r)
-                       for n, r in smaller.items()})
+                       for n, r in others.items()})
     try:
-        result = Adapters(_injected(module, originals, how, config, device), config, list(smaller))
+        result = Adapters(_injected(module, originals, how, config, device), config, smaller)
         for parameter in result.parameters:
             parameter.requires_grad_(True)
         result.train(True)
