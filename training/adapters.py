@@ -112,7 +112,9 @@ def _base_weight(layer: nn.Module, delta: Tensor) -> Tensor:
     """The frozen weight, packed or not, as floats of the shape of ``delta``."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight = dequantize_module_weight(layer.get_base_layer()).detach().cpu()
+    from .dora import added_to
+
+    weight = added_to(dequantize_module_weight(layer.get_base_layer())).detach().cpu()
     return torch.zeros_like(delta) + weight.view(delta.shape)
 
 
@@ -220,9 +222,11 @@ def _own_matrices(layer: nn.Module, name: str, seed: int, device: torch.device) 
 
 def _with_magnitude(layer: nn.Module, how, device: torch.device) -> None:
     """Make a DoRA layer of a LoRA layer whose matrices are its own by now."""
-    how = replace(how, use_dora=True)
-    variant = layer.resolve_lora_variant(config=how)
+    from .dora import magnitude_of
+
+    variant = layer.resolve_lora_variant(config=replace(how, use_dora=True))
     layer.lora_variant[NAME], layer.use_dora[NAME] = variant, True
-    variant.init(layer, adapter_name=NAME, config=how)
-    magnitude = layer.lora_magnitude_vector[NAME]
+    magnitude = magnitude_of(layer.get_base_layer(), layer.lora_A[NAME].weight,
+                             layer.lora_B[NAME].weight, layer.scaling[NAME])
     magnitude.weight = nn.Parameter(magnitude.weight.detach().float().to(device))
+    layer.lora_magnitude_vector[NAME] = magnitude

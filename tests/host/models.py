@@ -23,14 +23,15 @@ FAMILIES = {
 }
 
 
-def small_model(family: str = "SD15", seed: int = 0):
-    """A MODEL (ModelPatcher, float32) of ``family`` as the host's loaders give it."""
+def small_model(family: str = "SD15", seed: int = 0, kept=None):
+    """A MODEL (ModelPatcher, float32, or kept as ``kept``) of ``family`` as the host's loaders
+    give it."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, family)({**COMMON, **FAMILIES[family]})
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(kept or torch.float32, torch.float32 if kept else None)
     model = config.get_model({}, "")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

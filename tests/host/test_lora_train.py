@@ -149,6 +149,25 @@ def test_it_trains_and_reports(base, output_folder):
 
 
 @pytest.mark.parametrize("base", ["float", "4 bits", "NF4"])
+def test_dora_with_dropout_in_half_precision(base, output_folder):
+    """SD1.x's projections around attention are convolutions."""
+    model, over = base_of(base)
+    outcome = train(model, over, targets="attention", dora=True, dropout=0.2, precision="bf16",
+                    steps=2)
+    assert any("proj_in" in name for name in outcome.lora)
+    assert outcome.result.finished
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_dora_on_weights_of_eight_bit_floats(bits, output_folder):
+    model = models.small_model(kept=torch.float8_e4m3fn)
+    if bits:
+        model = models.quantize(model, bits)[0]
+    outcome = train(model, targets="all layers", dora=True, dropout=0.2, steps=2)
+    assert outcome.result.finished and all(v.isfinite().all() for v in outcome.lora.values())
+
+
+@pytest.mark.parametrize("base", ["float", "4 bits", "NF4"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"dora": True}],
                          ids=["plain", "dropout", "DoRA"])
 def test_recomputing_activations_changes_no_gradient(base, changes):

@@ -77,6 +77,28 @@ def test_half_precision_activations_meet_float32_matrices():
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in own.parameters)
 
 
+def test_dora_with_dropout_asks_the_layer_and_computes_what_peft_does():
+    from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
+
+    net = ToyNet()
+    for bias in (net.in_layers[0].bias, net.out[0].bias, net.attn1["to_q"].bias):
+        assert bias.abs().sum() > 0
+    with adapters(net, NAMES, settings(dora=True, dropout=0.5), CPU) as own:
+        shaken(own)
+        asked = []
+        for layer in own.layers.values():
+            layer.get_base_layer().register_forward_hook(lambda m, *_: asked.append(m))
+        torch.manual_seed(0)
+        ours, calls = run(net), len(asked)
+        for layer in own.layers.values():
+            [magnitude] = layer.lora_magnitude_vector.values()
+            conv = isinstance(layer.get_base_layer(), torch.nn.Conv2d)
+            magnitude.__class__ = DoraConv2dLayer if conv else DoraLinearLayer
+        torch.manual_seed(0)
+        assert torch.allclose(ours, run(net), atol=1e-5)
+        assert calls == 6 and len(asked) == 9, "peft multiplies by the weight itself"
+
+
 def test_the_seed_and_the_name_decide_the_start():
     with adapters(ToyNet(), NAMES, settings(), CPU) as a:
         first = a.export()
