@@ -13,6 +13,7 @@ import torch
 from ..quant import QuantTuneError
 from ..quant.safe_file import read_safetensors, write_safetensors
 from ..training.data import EmptyCaptions, TrainingImages, TrainingSet
+from .patches import injections_digest
 
 
 def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None) -> TrainingSet:
@@ -86,7 +87,7 @@ def reader_of(patcher, clip) -> str:
     """A key for what turns captions into conditions: the text encoder as set up, the family."""
     patches = clip.patcher.patches_uuid if clip.patcher.patches else ""
     setup = (type(patcher.model).__name__, type(clip.tokenizer).__name__, str(patches),
-             clip.layer_idx, clip.tokenizer_options)
+             clip.layer_idx, clip.tokenizer_options, injections_digest(clip.patcher))
     return repr(setup) + _weights_key(clip.cond_stage_model)
 
 

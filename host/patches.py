@@ -1,8 +1,9 @@
-"""The patches on a MODEL (LoRAs, merges), told apart by content."""
+"""The patches on a MODEL (LoRAs, merges) and what is put around its layers, by content."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 import torch
 
@@ -37,6 +38,30 @@ def patches_digest(patcher) -> str:
     return digest.hexdigest()
 
 
+def injections_digest(patcher) -> str:
+    """Of what is put around a patcher's layers while it is loaded (a bypass LoRA); "" without any.
+
+    What cannot be looked into is told apart by object, so it is never taken for another.
+    """
+    if not patcher.injections:
+        return ""
+    digest = hashlib.sha256()
+    for key, injections in sorted(patcher.injections.items()):
+        digest.update(str(key).encode())
+        for injection in injections:
+            digest.update(_injected(injection))
+    return digest.hexdigest()
+
+
+def _injected(injection) -> bytes:
+    """The adapters, by layer and with their strengths, that the host's bypass manager puts in."""
+    for cell in getattr(injection.inject, "__closure__", None) or ():
+        adapters = getattr(cell.cell_contents, "adapters", None)
+        if isinstance(adapters, dict):
+            return content([[key, *value] for key, value in sorted(adapters.items())])
+    return vars(injection).setdefault("quanttune_token", secrets.token_hex()).encode()
+
+
 def content(value) -> bytes:
     """Of a tensor its shape and `SAMPLES` of its values; of an adapter what it holds."""
     if isinstance(value, torch.Tensor):
@@ -47,6 +72,8 @@ def content(value) -> bytes:
         return b"(" + b",".join(content(v) for v in value) + b")"
     if hasattr(value, "weights"):
         return type(value).__name__.encode() + content(value.weights)
+    if isinstance(value, torch.nn.Module):  # an adapter under training
+        return type(value).__name__.encode() + content(sorted(value.state_dict().items()))
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__).encode()
     return repr(value).encode()

@@ -193,6 +193,37 @@ def test_a_text_encoder_with_a_lora_or_another_layer_reads_captions_anew(starter
     assert len({reader_of(model, c) for c in (clip, skipped, patched)}) == 3
 
 
+def test_a_bypass_lora_is_told_apart_by_what_it_does(starter):
+    """It is no patch of a weight, and changes captions and class images all the same."""
+    import comfy.sd
+
+    from quanttune.host.class_images import _folder
+    from quanttune.host.encode import reader_of
+    from quanttune.host.lora_file import export_lora
+    from quanttune.host.pictures import SamplingSettings
+    from quanttune.tests.host.lora_models import random_layers
+
+    model, clip, vae = starter
+
+    def with_bypass(strength=1.0, seed=5):
+        lora = export_lora(random_layers(model, clip=clip, seed=seed), model, clip)
+        return comfy.sd.load_bypass_lora_for_models(model, clip, lora, strength, strength)
+
+    def folder(patcher):
+        return _folder(patcher, clip, vae, "a dog", SamplingSettings(64, 64, 2))
+
+    first, again, weaker, other = (with_bypass(*a) for a in ((), (), (0.5,), (1.0, 6)))
+    for key in (lambda pair: reader_of(model, pair[1]), lambda pair: folder(pair[0])):
+        assert len({key(p) for p in ((model, clip), first, weaker, other)}) == 4
+        assert key(first) == key(again), "whoever loaded it and when"
+
+    unknown, another = clip.clone(), clip.clone()
+    for own in (unknown, another):
+        injection = comfy.patcher_extension.PatcherInjection(lambda _: None, lambda _: None)
+        own.patcher.set_injections("another pack's", [injection])
+    assert len({reader_of(model, c) for c in (clip, unknown, unknown.clone(), another)}) == 3
+
+
 REFUSED = {
     "nothing connected": ({"images": None}, "nothing to train on"),
     "no CLIP": ({"clip": None}, "need a CLIP and a VAE"),
