@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -26,12 +27,15 @@ def with_text_files(folder: Path, warnings: list[str]) -> Iterator[Found]:
     A sentence for each text file without a picture goes to ``warnings``.
     """
     pictures = picture_files(folder, warnings)
-    beside = {p.stem for p in folder.iterdir() if p.suffix.lower() != ".txt"}
+    files = sorted(folder.iterdir())
+    beside = {p.stem for p in files if p.suffix.lower() != ".txt"}
+    # Of a.TXT and a.txt, which come in this order, the second counts.
+    texts = {p.stem: p for p in files if p.suffix.lower() == ".txt" and p.is_file()}
     warnings += [f"{p.name} was left out: there is no picture of that name"
-                 for p in sorted(folder.glob("*.txt")) if p.stem not in beside and p.is_file()]
+                 for p in texts.values() if p.stem not in beside]
     for path in pictures:
-        words = path.with_suffix(".txt")
-        caption = " ".join(_text(words).split()) if words.is_file() else None
+        words = texts.get(path.stem, path.with_suffix(".txt"))
+        caption = " ".join(_text(words).split()) if path.stem in texts else None
         yield Found(path.name, path, caption, f"write {words.name} beside it, give a phrase, or "
                                               "set captions to 'none'")
 
@@ -114,7 +118,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         for number, row in enumerate(rows(path, _texts), 1):
             yield f"{path.name}, row {number},", row
         return
-    with open(path, encoding=_encoding(path), errors="replace", newline=None) as file:
+    with io.StringIO(_text(path), newline=None) as file:
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -147,13 +151,21 @@ def _json_object(line: str, where: str) -> dict:
 
 
 def _text(path: Path) -> str:
-    """A text file as editors write it."""
-    return path.read_text(_encoding(path), errors="replace")
+    """A text file as editors write it: UTF-8, or UTF-16 if it has that one's mark.
 
-
-def _encoding(path: Path) -> str:
-    """UTF-8, or UTF-16 if the file has its mark."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return "utf-16" if wide else "utf-8-sig"
+    Raises QuantTuneError for any other, whose words would be trained as garbage.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise QuantTuneError(f"The file {path.name} cannot be read ({error.strerror or error}); "
+                             "check its permissions, or delete it.") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16 without its mark
+        raise QuantTuneError(f"The file {path.name} is no text in UTF-8, so its captions cannot "
+                             "be read; save it as UTF-8.")
+    return text

@@ -96,7 +96,7 @@ def read_folder(name: str, captions: str = TEXT_FILES, phrase: str = "", resolut
         name: see `folder_of`.
         captions: of `CAPTIONS`: a text file beside each picture, ``phrase`` for all, none at all,
             the folder's metadata.jsonl (or .csv, .parquet), or a Hugging Face dataset. The phrase
-            serves where a picture has no caption of its own.
+            serves where a picture has no caption of its own, or an empty text file.
         phrase: words for a picture.
         resolution, fit: see `fitted`.
         prior: whether they are class images.
@@ -162,6 +162,8 @@ def _found(folder: Path, captions: str, column: str, warnings: list[str]) -> Ite
 def _caption(found: Found, captions: str, phrase: str, column: str) -> str:
     if captions == NO_CAPTIONS:
         return ""
+    if captions == TEXT_FILES and found.caption == "":
+        return phrase.strip()
     if found.caption is not None:
         return found.caption
     if phrase.strip() or (captions in (METADATA, DATASET) and not column):

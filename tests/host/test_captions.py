@@ -77,6 +77,16 @@ def test_lists_of_other_editors(encoding, folder):
     assert read(phrase="x", limit=1).images.captions == ("Zürich am See",)
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_lists_in_another_encoding_are_refused_by_name(name, folder):
+    rows = {"metadata.jsonl": '{"file_name": "a.png", "text": "Zürich"}',
+            "metadata.csv": "file_name,text\na.png,Zürich"}
+    for encoding in ("latin-1", "utf-16-le"):
+        (folder / name).write_bytes(rows[name].encode(encoding))
+        with pytest.raises(QuantTuneError, match=f"{name} is no text in UTF-8.*save it as"):
+            read(phrase="x")
+
+
 def test_a_limit_leaves_the_rest_unread(folder):
     lines(folder, *THREE[:2], "no JSON at all")
     assert read(limit=2).images.captions == ("the third", "one")

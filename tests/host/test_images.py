@@ -75,6 +75,35 @@ def test_captions_of_other_editors(text, folder):
     assert read("dog", phrase="").images.captions == ("a sks dog",)
 
 
+@pytest.mark.parametrize("text", ["Ein Mädchen".encode("latin-1"), "一个女孩".encode("gbk"),
+                                  "a girl".encode("utf-16-le"), b"\xff\xfea"])
+def test_a_caption_in_another_encoding_is_refused_by_name(text, folder):
+    from quanttune.quant import QuantTuneError
+
+    picture(folder / "a.png")
+    (folder / "a.txt").write_bytes(text)
+    with pytest.raises(QuantTuneError, match=r"a\.txt is no text in UTF-8.*save it as UTF-8\.$"):
+        read("dog")
+
+
+def test_a_caption_whose_suffix_is_in_capitals_counts(folder):
+    picture(folder / "a.png")
+    (folder / "a.TXT").write_text("upper")
+    assert read("dog").images.captions == ("upper",)
+    (folder / "lonely.TXT").write_text("no picture")
+    assert "lonely.TXT was left out" in read("dog").warnings[0]
+    (folder / "a.txt").write_text("lower")
+    assert read("dog").images.captions == ("lower",)
+
+
+@pytest.mark.parametrize("text", ["", " \r\n"])
+def test_an_empty_text_file_takes_the_phrase(text, folder):
+    picture(folder / "a.png")
+    (folder / "a.txt").write_text(text)
+    assert read("dog").images.captions == ("a sks dog",)
+    assert read("dog", phrase="").images.captions == ("",)
+
+
 def test_a_folder_named_like_a_caption_is_none(folder):
     picture(folder / "a.png")
     (folder / "a.txt").mkdir()
