@@ -15,7 +15,7 @@ import numpy as np
 from .shapes import SHAPES
 
 SIZE = 128
-"""Side of a picture in pixels."""
+"""Side of a picture in pixels where no other is asked for; widths in pixels are for this side."""
 
 COLOURS = {
     "red": (222, 44, 48),
@@ -132,15 +132,24 @@ def smoothstep(low: float, high: float, value: Array) -> Array:
     return t * t * (3 - 2 * t)
 
 
+def edge(low: float, high: float, value: Array, size: int) -> Array:
+    """`smoothstep` of a drawn edge that is low..high wide at `SIZE` pixels and as many pixels wide
+    at any other size."""
+    inset = (high - low) / 2 * (1 - SIZE / size)
+    return smoothstep(low + inset, high - inset, value)
+
+
 def grid_coordinates(size: int = SIZE) -> tuple[Array, Array]:
     """Pixel centres in picture sides, 0 in the middle: x to the right, y down, float32."""
     line = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5).astype(np.float32)
     return np.meshgrid(line, line)
 
 
-def paint_background(background: str, texture: str, rng: np.random.Generator) -> Array:
-    """A background of `SIZE` x `SIZE` x 3, float32 0..1."""
-    x, y = grid_coordinates()
+def paint_background(
+    background: str, texture: str, rng: np.random.Generator, size: int = SIZE
+) -> Array:
+    """A background of `size` x `size` x 3, float32 0..1."""
+    x, y = grid_coordinates(size)
     base = np.array(BACKGROUNDS[background], np.float32) / 255
     base = np.clip(base * (1 + rng.uniform(-0.04, 0.04)) + rng.uniform(-0.012, 0.012, 3), 0, 1)
     base = base.astype(np.float32)
@@ -157,7 +166,7 @@ def paint_background(background: str, texture: str, rng: np.random.Generator) ->
         shift = rng.uniform(0, step, 2).astype(np.float32)
         gx = np.abs(np.mod(x + shift[0], step) - step / 2)
         gy = np.abs(np.mod(y + shift[1], step) - step / 2)
-        line = 1 - smoothstep(0.006, 0.014, np.minimum(gx, gy))
+        line = 1 - edge(0.006, 0.014, np.minimum(gx, gy), size)
         light = 1 - line * np.float32(strength * 1.5)
     if background == "black" and texture != "plain":
         return np.clip(base + (light - 1)[..., None] * np.float32(0.30), 0, 1)
@@ -165,21 +174,22 @@ def paint_background(background: str, texture: str, rng: np.random.Generator) ->
     return np.clip(base * (light * vignette)[..., None], 0, 1)
 
 
-def pattern(fill: str, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """How much of the second colour each point carries, 0..1; `x, y` in picture sides."""
+def pattern(fill: str, x: Array, y: Array, rng: np.random.Generator, size: int = SIZE) -> Array:
+    """How much of the second colour each point carries, 0..1; `x, y` in picture sides, of which
+    each is `size` pixels."""
     if fill == "striped":
         angle = np.pi / 4 + rng.uniform(-0.12, 0.12)
         wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / 0.115)
-        return smoothstep(-0.18, 0.18, wave)
+        return edge(-0.18, 0.18, wave, size)
     if fill == "dotted":
         step = 0.125
         row = np.floor(y / (step * 0.866) + 0.5)
         dx = np.mod(x + row * step / 2, step) - step / 2
         dy = y - row * step * 0.866
-        return 1 - smoothstep(0.030, 0.042, np.hypot(dx, dy))
+        return 1 - edge(0.030, 0.042, np.hypot(dx, dy), size)
     if fill == "checked":
         wave = np.sin(x * np.pi / 0.1) * np.sin(y * np.pi / 0.1)
-        return smoothstep(-0.14, 0.14, wave)
+        return edge(-0.14, 0.14, wave, size)
     return np.zeros_like(x)
 
 
@@ -203,18 +213,23 @@ def paint_object(
 ) -> Array:
     """Lay a shaded object with a soft shadow on a canvas.
 
-    canvas, albedo: `SIZE` x `SIZE` x 3 in 0..1; distance: signed distance in pixels; local: the
+    canvas, albedo: n x n x 3 in 0..1; distance: signed distance in pixels, n x n; local: the
     object's own coordinates (unit = its radius), used for the light; rim: colour of the outline;
-    shade: darkness of the shadow.
+    shade: darkness of the shadow. Rim and shadow grow with n, edges stay about a pixel wide.
     """
     u, v = local
-    shadow = np.pad(distance, ((4, 0), (3, 0)), "edge")[:SIZE, :SIZE]
-    canvas = canvas * (1 - shade * (1 - smoothstep(-5, 6, shadow)))[..., None]
+    size = canvas.shape[0]
+    unit = size / SIZE
+    down, right = round(4 * unit), round(3 * unit)
+    shadow = np.pad(distance, ((down, 0), (right, 0)), "edge")[:size, :size]
+    dark = shade * (1 - smoothstep(-5 * unit, 6 * unit, shadow))
+    canvas = canvas * (1 - dark)[..., None]
     light = 1.04 - 0.14 * (u + v) / 1.4
     gloss = np.exp(-(np.square(u + 0.42) + np.square(v + 0.48)) / 0.10) * 0.22
     body = np.clip(albedo * light[..., None] + gloss[..., None], 0, 1)
-    edge = smoothstep(-3.2, -1.6, distance)[..., None]
-    body = body * (1 - edge) + rim * edge
+    inset = 2.4 * (unit - 1)
+    rim_share = smoothstep(-3.2 - inset, -1.6 - inset, distance)[..., None]
+    body = body * (1 - rim_share) + rim * rim_share
     cover = (1 - smoothstep(-0.7, 0.7, distance))[..., None]
     return canvas * (1 - cover) + body * cover
 
@@ -227,24 +242,29 @@ def add_object(
     radius: float,
 ) -> Array:
     """Paint a scene's object on a canvas at `centre`, both it and `radius` in picture sides."""
-    x, y = grid_coordinates()
+    size = canvas.shape[0]
+    x, y = grid_coordinates(size)
     dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
     cos, sin = np.float32(np.cos(scene.rotation)), np.float32(np.sin(scene.rotation))
     rx, ry = dx * cos + dy * sin, dy * cos - dx * sin
     u, v = rx / np.float32(radius), ry / np.float32(radius)
-    distance = SHAPES[scene.shape](u, v) * np.float32(radius * SIZE)
+    distance = SHAPES[scene.shape](u, v) * np.float32(radius * size)
     base = np.array(COLOURS[scene.colour], np.float32) / 255
     base = np.clip(base * (1 + rng.uniform(-0.05, 0.05)) + rng.uniform(-0.015, 0.015, 3), 0, 1)
-    share = pattern(scene.fill, rx, ry, rng)[..., None]
+    share = pattern(scene.fill, rx, ry, rng, size)[..., None]
     albedo = base * (1 - share) + second_colour(scene.colour) * share
     rim = base * 0.62 if scene.colour != "black" else base * 0.4
     return paint_object(canvas, distance, albedo, (dx / radius, dy / radius), rim)
 
 
-def render(scene: Scene) -> Array:
-    """Draw a scene: uint8, `SIZE` x `SIZE` x 3, sRGB."""
+def render(scene: Scene, size: int = SIZE) -> Array:
+    """Draw a scene: uint8, `size` x `size` x 3, sRGB.
+
+    Another size is the same picture with more or less detail: all that is seen keeps its place
+    and its share of the picture.
+    """
     rng = np.random.default_rng(scene.noise_seed)
-    canvas = paint_background(scene.background, scene.texture, rng)
+    canvas = paint_background(scene.background, scene.texture, rng, size)
     radius = SIZES[scene.size] * scene.scale
     keep_in = max(0.5 - radius - 0.02, 0.0)
     middle = np.add(POSITIONS[scene.position], scene.offset)
@@ -253,11 +273,12 @@ def render(scene: Scene) -> Array:
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def clutter(seed: int) -> Array:
-    """A picture of several overlapping objects of all sizes, for the autoencoder only: uint8."""
+def clutter(seed: int, size: int = SIZE) -> Array:
+    """A picture of several overlapping objects of all sizes, for the autoencoders and the
+    upscaler: uint8, `size` x `size` x 3."""
     rng = np.random.default_rng(seed)
     scene = sample(seed)
-    canvas = paint_background(scene.background, scene.texture, rng)
+    canvas = paint_background(scene.background, scene.texture, rng, size)
     for i in range(int(rng.integers(4, 9))):
         scene = sample(seed * 31 + i)
         centre = tuple(float(c) for c in rng.uniform(-0.45, 0.45, 2))
