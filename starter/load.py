@@ -60,8 +60,19 @@ def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
             f"{Path(path).name} carries no `unet_config`, so it is not the starter model; "
             "restore the file from the pack's repository."
         )
-    management = comfy.model_management
     config = comfy.supported_models.SD15(json.loads(metadata["unet_config"]))
+    patcher = patcher_of(config, state, model_options, disable_dynamic)
+    patcher.cached_patcher_init = (load_unet, (path, model_options))
+    return patcher
+
+
+def patcher_of(config, state: dict, model_options: dict, disable_dynamic: bool = False):
+    """A ModelPatcher of a model configuration of the host and its diffusion model's tensors.
+
+    model_options: as for the host's loaders; `dtype`, `custom_operations`, `load_device` and
+    `offload_device` are used.
+    """
+    management = comfy.model_management
     load_device = model_options.get("load_device", management.get_torch_device())
     offload_device = model_options.get("offload_device", management.unet_offload_device())
     supported = list(config.supported_inference_dtypes)
@@ -80,7 +91,6 @@ def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_unet, (path, model_options))
     return patcher
 
 
