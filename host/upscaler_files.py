@@ -16,12 +16,15 @@ import torch
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import is_cut_short, read_header
+from ..starter.upscaler_config import FILE as STARTER
 from .folders import file_state
 from .lora_keys import brief
 from .upscaler_weights import MODEL, STEMS, weight_files
 
 SHIPPED = "starter-x4 (shipped)"
-"""The name of the small upscaler that comes with the pack."""
+"""The name of the small upscaler of `starter/upscaler_train.py`, offered when its file is there."""
+NONE = "(none found)"
+"""What the list says when there is no upscaler."""
 FILE = "x4-upscaler-ema.safetensors"
 WHERE = (f"put the folder of {MODEL} into models/diffusers, or its file {FILE} into "
          "models/checkpoints")
@@ -53,9 +56,11 @@ class Place:
 
 
 def upscaler_names() -> list[str]:
-    """The upscalers to choose from: the shipped one, diffusers folders (they end in "/"), files."""
+    """The upscalers to choose from: the starter's, diffusers folders (they end in "/"), files."""
+    shipped = [SHIPPED] if STARTER.is_file() else []
     folders = [name for name, path in _folders().items() if _is_upscaler(path)]
-    return [SHIPPED, *folders, *(name for name, path in _files().items() if file_kind(path))]
+    files = [name for name, path in _files().items() if file_kind(path)]
+    return [*shipped, *folders, *files] or [NONE]
 
 
 def find_upscaler(name: str) -> Place:
@@ -66,8 +71,11 @@ def find_upscaler(name: str) -> Place:
     Raises:
         QuantTuneError: it is not there.
     """
-    if name == SHIPPED:
+    if name == SHIPPED and STARTER.is_file():
         return Place("shipped")
+    if name == NONE:
+        raise QuantTuneError(f"There is no SD x4 upscaler here; {WHERE}, and press R to refresh "
+                             "the list.")
     name = str(name)
     if name.endswith("/") and (folder := _folders().get(name)):
         return Place("folder", Path(folder))
