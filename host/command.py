@@ -12,6 +12,7 @@ from typing import Any
 
 from ..quant import QuantSpec, QuantTuneError, save_scale_set
 from ..training.config import ScaleTraining
+from .command_checks import VALIDATION, check_base, check_validation, run_watched, validation_of
 
 try:
     import tomllib
@@ -25,13 +26,14 @@ SECTIONS: dict[str, dict[str, type] | None] = {
              "keep_float": str, "device": str, "nf4": bool, "lora": str},
     "images": _IMAGES,
     "class_images": _IMAGES,
+    "validation": VALIDATION,
     "output": {"folder": str, "scales": str, "lora": str, "trackers": list},
     "training": None,
 }
 """The words of each section and what they are; those of [training] are those of
 `ScaleTraining` or `LoraTraining`."""
 TYPE_NAMES = {str: "a text in quotes", int: "a whole number", bool: "true or false",
-              list: "a list"}
+              list: "a list", float: "a number"}
 
 
 def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -64,6 +66,7 @@ def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
         if not isinstance(name, str):
             raise QuantTuneError(f"The configuration {path} has {name!r} among the trackers in "
                                  "[output]; they are texts in quotes.")
+    check_validation(path, config)
     return config
 
 
@@ -79,7 +82,7 @@ def _check_table(path, name: str, table: Any) -> None:
         if word not in known:
             raise QuantTuneError(f"The configuration {path} has '{word}' in [{name}]; "
                                  f"known there are {', '.join(sorted(known))}.")
-        if type(value) is not known[word]:
+        if type(value) is not known[word] and (type(value), known[word]) != (int, float):
             raise QuantTuneError(f"The configuration {path} has {word} = {value!r} in [{name}]; "
                                  f"it has to be {TYPE_NAMES[known[word]]}.")
 
@@ -90,6 +93,7 @@ def train_scales(path: str | Path) -> int:
     Under ``accelerate launch`` each process trains on its share of the batch.
     """
     config = read_config(path)
+    check_base(path, config["base"], scales=True)
     training = ScaleTraining.from_dict(config.get("training", {}))
     start_host(config["base"].get("device", "auto"))
     import torch
@@ -98,6 +102,7 @@ def train_scales(path: str | Path) -> int:
     from ..training.history import usable_trackers
     from ..training.trainer import ScaleTrainer
     from .encode import encode, encode_empty
+    from .train import scale_watcher
     from .training import training_copy
 
     folder, target, trackers = output_of(config, path, "scales", "lora")
@@ -112,7 +117,9 @@ def train_scales(path: str | Path) -> int:
         metadata = _metadata(denoiser, model, name, images.subject, training)
         trainer = ScaleTrainer(denoiser, data, training, folder, metadata, empty, trackers,
                                accelerator)
-        result = trainer.run(Console(accelerator.is_main_process))
+        main, look = accelerator.is_main_process, validation_of(config, training.seed, clip, vae)
+        watcher = scale_watcher(denoiser, training, look, folder) if main and look else None
+        result = run_watched(trainer, watcher, Console(main))
     if accelerator.is_main_process:
         save_scale_set(target, result.scale_set)
         done = len(result.history)

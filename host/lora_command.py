@@ -16,6 +16,7 @@ from .command import (
     read_config,
     start_host,
 )
+from .command_checks import check_base, run_watched, validation_of
 
 
 def train_lora(path: str | Path) -> int:
@@ -31,6 +32,7 @@ def train_lora(path: str | Path) -> int:
         raise QuantTuneError(f"The configuration {path} has epochs = {epochs!r} in [training]; it "
                              "has to be a whole number of at least 0.")
     training, base = LoraTraining.from_dict(words), config["base"]
+    check_base(path, base, scales=False)
     start_host(base.get("device", "auto"))
     import torch
     from accelerate import Accelerator
@@ -39,12 +41,12 @@ def train_lora(path: str | Path) -> int:
     from ..training.lora_trainer import LoraTrainer
     from .encode import encode, encode_empty
     from .lora_file import read_lora, save_lora
-    from .lora_train import AS_IT_IS, NF4, exported_lora, key_of, pupil
+    from .lora_train import AS_IT_IS, NF4, exported_lora, key_of, lora_watcher, pupil
 
     folder, target, trackers = output_of(config, path, "lora", "scales")
     start = read_lora(base["lora"]) if base.get("lora") else None
     with torch.inference_mode():
-        load = load_quantized if base.get("quantized_unet") or base.get("bits") else load_float
+        load = load_quantized if "quantized_unet" in base or "bits" in base else load_float
         model, clip, vae, _ = load(base)
         images = images_of(config)
         data = encode(images, model, clip, vae, folder / ".cache")
@@ -65,8 +67,10 @@ def train_lora(path: str | Path) -> int:
 
         trainer = LoraTrainer(learner.denoiser, learner.learns, data, training, folder, empty,
                               learner.reader, key_of(start), keep, trackers, accelerator)
-        result = trainer.run(Console(accelerator.is_main_process))
-        if accelerator.is_main_process:
+        main, look = accelerator.is_main_process, validation_of(config, training.seed, clip, vae)
+        watcher = lora_watcher(learner, training, look, folder) if main and look else None
+        result = run_watched(trainer, watcher, Console(main))
+        if main:
             keep(target, result.layers)
             print(f"{training.mode} on {learner.bits}: {len(result.history)} of {training.steps} "
                   f"steps, {result.num_parameters:,} parameters in {target}")

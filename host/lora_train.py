@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -190,11 +191,7 @@ def train_lora(
             trainer = LoraTrainer(
                 learner.denoiser, learner.learns, data, config, folder, empty, learner.reader,
                 key_of(start), lambda path, layers: save_lora(path, exported(layers)), trackers)
-        copy = learner.denoiser.patcher
-        if validation and learner.reader is not None:
-            validation = replace(validation, clip=learner.reader.clip)
-        watcher = LoraWatcher(config.steps, node_id, config.preview_every, validation, folder,
-                              lambda _: copy, copy, learner)
+        watcher = lora_watcher(learner, config, validation, folder, node_id)
         watcher.start(trainer)
         result = trainer.run(watcher)
         if missed := watcher.end(trainer):
@@ -251,6 +248,16 @@ class LoraWatcher(PictureWatcher):
             super().look(trainer)
         finally:
             self.learner.watch(learning=True)
+
+
+def lora_watcher(learner: Pupil, config: LoraTraining, validation: Validation | None,
+                 folder: Path, node_id: str | None = None) -> LoraWatcher:
+    """What looks at adapters in training, with the text encoder that learns if one does."""
+    copy = learner.denoiser.patcher
+    if validation and learner.reader is not None:
+        validation = replace(validation, clip=learner.reader.clip)
+    return LoraWatcher(config.steps, node_id, config.preview_every, validation, folder,
+                       lambda _: copy, copy, learner)
 
 
 def _report(result: LoraResult, learner: Pupil, config: LoraTraining, name: str,

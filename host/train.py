@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from ..training.trainer import ScaleTrainer, TrainingResult
 from .build import quantized_model
 from .routing import apply_scale_set
 from .run import PictureWatcher, Validation, replaced, run_folder, stopped
-from .training import training_copy
+from .training import HostDenoiser, training_copy
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,7 @@ def train(
         with replaced(name, anew):
             trainer = ScaleTrainer(denoiser, data, config, run_folder(name), metadata, empty,
                                    trackers)
-        watcher = PictureWatcher(
-            config.steps, node_id, config.preview_every, validation, run_folder(name),
-            lambda trainer: apply_scale_set(denoiser.patcher, trainer.scale_set(), 1.0,
-                                            "the scales in training")[0], denoiser.patcher)
+        watcher = scale_watcher(denoiser, config, validation, run_folder(name), node_id)
         watcher.start(trainer)
         result = trainer.run(watcher)
         if missed := watcher.end(trainer):
@@ -77,6 +75,17 @@ def train(
     title = f"{config.mode}: {name}"
     return Outcome(result, loss_chart(steps, losses, title=title), watcher.grid(),
                    _report(result, config, name, anew))
+
+
+def scale_watcher(denoiser: HostDenoiser, config: ScaleTraining, validation: Validation | None,
+                  folder: Path, node_id: str | None = None) -> PictureWatcher:
+    """What looks at scales in training; see `PictureWatcher`."""
+    def scaled(trainer):
+        return apply_scale_set(denoiser.patcher, trainer.scale_set(), 1.0,
+                               "the scales in training")[0]
+
+    return PictureWatcher(config.steps, node_id, config.preview_every, validation, folder, scaled,
+                          denoiser.patcher)
 
 
 def _report(result: TrainingResult, config: ScaleTraining, name: str, anew: bool) -> str:

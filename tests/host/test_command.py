@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 GOOD = """
 [base]
@@ -142,6 +143,12 @@ BAD = {
     "one tracker": ("[output]\ntrackers = 'tensorboard'\n", "a list"),
     "no tables of images": ("images = []\n[base]\n[output]\n", r"no \[images\]"),
     "tracker of no word": ("[base]\n[images]\n[output]\ntrackers=[[]]\n", "texts in quotes"),
+    "prompts of no text": ("[base]\n[images]\n[output]\n[validation]\nprompts=['']\n",
+                           "no prompts in"),
+    "cfg": ("[base]\n[images]\n[output]\n[validation]\nprompts=['x']\ncfg=nan\n", "cfg = nan"),
+    "size": ("[base]\n[images]\n[output]\n[validation]\nprompts=['x']\nsize=99\n", "of 8"),
+    "previews of nothing": ("[base]\n[images]\n[output]\n[training]\npreview_every=3\n",
+                            r"'preview_every' .* \[validation\] with prompts"),
     "image word": ("[base]\n[output]\n[[images]]\nfolder='x'\nsize=3\n", "size"),
 }
 
@@ -158,6 +165,43 @@ def test_bad_configurations(case, tmp_path, comfy_inprocess):
     with pytest.raises(QuantTuneError, match=match) as caught:
         read_config(path)
     assert "config.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base,scales,match", [
+    ({"starter": True, "checkpoint": "x"}, False, "both 'starter = true' and 'checkpoint'"),
+    ({"bits": 0}, False, "bits = 0 .*8, 4, 3, 2, or be left away"), ({"bits": 5}, True, "bits = 5"),
+    ({"keep_float": "x"}, False, "'keep_float' .* no 'bits'"),
+    ({"quantized_unet": "x", "bits": 4}, False, "'bits' beside 'quantized_unet'"),
+    ({"quantized_unet": "x", "keep_float": "x"}, True, "'keep_float' beside"),
+    ({"nf4": True}, True, "'nf4' .* train-lora alone"), ({"lora": "x"}, True, "'lora' .*alone"),
+])
+def test_a_base_of_which_a_part_would_be_ignored(base, scales, match):
+    from quanttune.host.command_checks import check_base
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match=match) as caught:
+        check_base("my.toml", base, scales)
+    assert "my.toml" in str(caught.value) and "\n" not in str(caught.value)
+    for good in ({"starter": True}, {"checkpoint": "x", "bits": 4, "keep_float": "x"},
+                 {"starter": False, "checkpoint": "x", "quantized_unet": "x"}):
+        check_base("my.toml", good, scales)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train-scales", "train-lora"])
+def test_pictures_of_the_prompts_are_in_the_runs_folder(command, tmp_path):
+    text = GOOD if command == "train-scales" else LORA.replace("epochs = 2", "steps = 4")
+    text = text.format(folder=tmp_path.as_posix(), base="bits = 4")
+    text = text.replace("[training]", "[validation]\nprompts = ['a sks character', 'a red star']\n"
+                        "size = 64\nsteps = 2\ncfg = 3\n[training]\npreview_every = 2")
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    done = run(path, command)
+    assert done.returncode == 0, done.stderr
+    found = sorted((tmp_path / "run" / "previews").iterdir())
+    assert [p.name for p in found] == [f"step-{i:06}.png" for i in (0, 2, 4)]
+    with Image.open(found[0]) as first, Image.open(found[-1]) as last:
+        assert first.size == (64, 128) and first.tobytes() != last.tobytes()
 
 
 def test_output_that_cannot_be_written_is_told_first(tmp_path):
