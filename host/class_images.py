@@ -16,6 +16,7 @@ from ..training.data import TrainingImages
 from .encode import identity_of, reader_of
 from .identity import identity_of as model_identity
 from .images import fitted
+from .picture_file import write_png
 from .pictures import SamplingSettings, sample_pictures
 
 FOLDER = "quanttune_class_images"
@@ -66,12 +67,8 @@ def _read(path: Path) -> Image.Image | None:
 
 
 def _write(picture: Image.Image, path: Path) -> None:
-    part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG")
-        part.replace(path)
+        write_png(picture, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise QuantTuneError(f"The class image {path} could not be written "
                              f"({error.strerror or error}); free some space.") from error

@@ -1,7 +1,8 @@
-"""One picture from a file or from bytes: found, opened, made upright and opaque."""
+"""One picture from a file or from bytes: found, opened, made upright and opaque; and written."""
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from io import BytesIO
@@ -91,6 +92,19 @@ def open_picture(source: Path | bytes) -> Image.Image:
     if min(image.size) < SMALLEST:
         raise ValueError(f"it is only {image.width} x {image.height} pixels")
     return image
+
+
+def write_png(picture: Image.Image, path: Path, **options) -> None:
+    """Write ``path``, never half; ``options`` are Pillow's. Raises OSError and leaves nothing."""
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(part, format="PNG", **options)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

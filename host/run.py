@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
+from .picture_file import write_png
 from .pictures import SamplingSettings, sample_pictures
 
 LOOKS = "looks"
@@ -182,12 +183,11 @@ class PictureWatcher(Watcher):
         self.last = trainer.step
         self.columns[trainer.step] = [(p.numpy().clip(0, 1) * 255).round().astype(np.uint8)
                                       for p in pictures]
+        told = PngInfo()
+        told.add_text(LOOKS, self._looks())
         try:
-            (self.folder / "previews").mkdir(parents=True, exist_ok=True)
-            told = PngInfo()
-            told.add_text(LOOKS, self._looks())
-            Image.fromarray(np.concatenate(self.columns[trainer.step])).save(
-                self.folder / "previews" / f"step-{trainer.step:06}.png", pnginfo=told)
+            write_png(Image.fromarray(np.concatenate(self.columns[trainer.step])),
+                      self.folder / "previews" / f"step-{trainer.step:06}.png", pnginfo=told)
         except OSError:
             pass  # the pictures are in the graph's outputs anyway
         # A small card may have had to make room for the decoder.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..quant import QuantTuneError
 
@@ -83,3 +84,56 @@ def usable_trackers(names: Sequence[str]) -> list[str]:
         if not there[name]():
             logging.warning(f"The tracker {name} is not installed; losses go to {FILE} only.")
     return [name for name in names if there[name]()]
+
+
+class Trackers:
+    """accelerate's trackers of a run; one that fails is warned of, and the training goes on.
+
+    Args:
+        accelerator: an `accelerate.Accelerator` made with them.
+        names: of `TRACKERS`, for messages.
+
+    Attributes:
+        failed: what went wrong, in a sentence, or "".
+    """
+
+    def __init__(self, accelerator, names: Sequence[str]):
+        self.accelerator, self.names, self.failed = accelerator, list(names), ""
+
+    def start(self, settings: Mapping[str, Any], step: int) -> None:
+        """Open them, ``step`` steps into the run."""
+        if not self.names:
+            return
+        # What was logged after the state that is resumed is logged again.
+        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        try:
+            self.accelerator.init_trackers("quanttune", config=dict(settings), init_kwargs=purge)
+        except Exception as error:  # whatever a library of others raises, losses go to the file
+            self._give_up(", ".join(self.names), error)
+            self.close()
+
+    def add(self, record: StepRecord) -> None:
+        """Log a step."""
+        values = {k: v for k, v in asdict(record).items() if k != "step"}
+        self._each(lambda tracker: tracker.log(values, step=record.step))
+
+    def close(self) -> None:
+        """Finish them all."""
+        self._each(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                self._give_up(tracker.name, error)
+                self.accelerator.trackers.remove(tracker)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        if self.failed:
+            return
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        self.failed = (f"The tracker {name} failed ({reason.splitlines()[0]}); the training went "
+                       f"on without it, with its losses in {FILE} only.")
+        logging.warning(self.failed)

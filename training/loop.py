@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from .history import LossFile, StepRecord, usable_trackers
+from .history import LossFile, StepRecord, Trackers, usable_trackers
 from .processes import from_first, leave_together
 from .state import check_same, load_state, remove_parts, save_state
 
@@ -104,20 +104,15 @@ class TrainingLoop(ABC):
         if main:
             self._make_folder()
         losses = LossFile(self.folder, self.history) if main else None
-        if self.trackers:
-            # What was logged after the state that is resumed is logged again.
-            purge = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}
-            self.accelerator.init_trackers("quanttune", config=plain(self.settings()),
-                                           init_kwargs=purge)
+        trackers = Trackers(self.accelerator, self.trackers)
+        trackers.start(plain(self.settings()), self.step)
         start, first, message, stopped = time.monotonic(), self.step, "", False
         while self.step < self.steps and not stopped:
             record = self.one_step()
             self.history.append(record)
             if losses:
                 losses.add(record)
-            if self.trackers:
-                self.accelerator.log({k: v for k, v in asdict(record).items() if k != "step"},
-                                     step=record.step)
+            trackers.add(record)
             every = self.save_every
             if every and self.step % every == 0 and self.step < self.steps:
                 message = self.save() or message
@@ -131,8 +126,9 @@ class TrainingLoop(ABC):
                 stopped = self._any(bool(asked))
         if self.step != self._saved or not self.step:
             message = self.save() or message
+        trackers.close()
         leave_together(self.accelerator)
-        return message
+        return message or trackers.failed
 
     @property
     def finished(self) -> bool:

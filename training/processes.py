@@ -6,7 +6,7 @@ from ..quant import QuantTuneError
 
 
 def leave_together(accelerator) -> None:
-    """Close the trackers and the process group once every process has come this far.
+    """Close the process group once every process has come this far.
 
     Args:
         accelerator: the `accelerate.Accelerator` of the training; alone or one of several.

@@ -271,3 +271,22 @@ def test_the_state_of_a_folder_follows_its_files(folder):
     assert folder_state("dog") == before
     (folder / "a.txt").write_text("now with words")
     assert folder_state("dog") != before
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from quanttune.host.picture_file import write_png
+
+    image, path = Image.new("RGB", (8, 8)), tmp_path / "below" / "a.png"
+    write_png(image, path)
+    assert Image.open(path).size == (8, 8) and [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+    def full(self, target, **_):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        write_png(image, path.with_name("b.png"))
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    with pytest.raises(OSError):
+        write_png(image, path / "c.png")

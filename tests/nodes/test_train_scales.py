@@ -118,6 +118,24 @@ def test_pictures_that_a_kill_has_cut_off_do_not_keep_a_run_from_going_on(nodes,
     assert 0 < again.shape[2] < whole.shape[2], "one column less"
 
 
+def test_previews_on_a_full_disk_leave_no_half_ones(nodes, starter, images, host_folders,
+                                                    monkeypatch):
+    from PIL import Image
+
+    save = Image.Image.save
+
+    def full(self, target, *arguments, **options):
+        if "/previews/" not in str(target):
+            return save(self, target, *arguments, **options)
+        target.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    grid = train(nodes, starter, images, validation_prompts="a red star").args[1]
+    assert grid.shape[2] > 3 * 128, "the graph has them all the same"
+    assert not list((host_folders / "output/quanttune_runs/run/previews").iterdir())
+
+
 def test_starting_anew_forgets_the_run(nodes, starter, images):
     train(nodes, starter, images)
     output = train(nodes, starter, images, seed=1, if_run_exists="start anew")

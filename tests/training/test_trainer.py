@@ -415,6 +415,31 @@ def test_tensorboard_gets_the_same_losses(tmp_path):
     assert logged == pytest.approx([r.loss for r in done.history], rel=1e-6)
 
 
+@pytest.mark.parametrize("when", ["opened", "logged", "closed"])
+def test_a_tracker_that_cannot_write_ends_no_training(when, tmp_path, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    method = {"logged": "log", "closed": "finish"}.get(when)
+    if method is None:
+        (tmp_path / "quanttune").write_text("a file where its folder would be")
+    else:
+        done = getattr(TensorBoardTracker, method)
+
+        def full(self, *arguments, step=3, **options):
+            done(self, *arguments, **options)
+            if step == 3:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(TensorBoardTracker, method, full)
+    run = ScaleTrainer(ToyDenoiser(), toy_set(), settings(), tmp_path, trackers=["tensorboard"])
+    result = run.run()
+    assert result.finished and (tmp_path / "checkpoint.pt").is_file()
+    assert result.message.startswith("The tracker tensorboard failed (")
+    assert "\n" not in result.message and result.message in caplog.text
+    without = trainer(tmp_path / "without").run()
+    assert [r.loss for r in without.history] == [r.loss for r in result.history]
+
+
 def test_an_unknown_tracker(tmp_path):
     with pytest.raises(QuantTuneError, match="no tracker 'paper'"):
         ScaleTrainer(ToyDenoiser(), toy_set(), settings(), tmp_path, trackers=["paper"])
