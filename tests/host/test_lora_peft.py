@@ -67,7 +67,7 @@ def applied(model, path):
     (by_peft, {}), (by_peft, {"use_rslora": True, "alpha": 3}), (by_peft, {"use_dora": True}),
     (by_peft, {"rank_pattern": {"conv1": 8}, "alpha_pattern": {"to_q": 1}}),
     (by_peft, {"lora_bias": True, "target_modules": ["to_out.0", "conv1", "proj_in"]}),
-], ids=str)
+], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_files_of_peft_and_diffusers_do_what_they_do_there(saver, options, tmp_path):
     model = models.small_model()
     path, unet = saver(model, tmp_path, **options)
