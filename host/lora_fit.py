@@ -108,13 +108,15 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
     placeless = [target for target in patches if weights.shape(target) is None]
     for target in placeless:
         del patches[target]
-    found, encoders, unknown = 0, 0, []
-    for layer in by_layer(readable):
+    found, encoders, unknown, biases = 0, 0, [], []
+    for layer, tensors in by_layer(readable).items():
         # A name alone changes nothing: the host reads no adapter of less than its first part.
         if layer in keys and {keys[layer], f"{_layer(keys[layer])}.bias"} & patches.keys():
             found += 1
         elif clip is None and of_encoder(layer):
             encoders += 1
+        elif layer.endswith(".bias") and tensors.keys() == {""}:
+            biases.append(layer)  # peft's saver adds them to the layers' own with bias="all"
         else:
             unknown.append(layer)
     layers = found + len(unknown)
@@ -141,7 +143,7 @@ def fit_lora(lora: Mapping[str, Tensor], model=None, clip=None,
             raise QuantTuneError(f"'{name}' at strength {strength:g} changes the layer '{layer}' "
                                  f"by more than half precision holds ({LIMIT:g}); {AGAIN}, or use "
                                  "a lower strength.")
-    unknown += map(_key, placeless)
+    unknown += [*biases, *map(_key, placeless)]
     return LoraFit(name, patches, found, layers, tuple(unknown), encoders, ranks, alphas, kinds,
                    too_high)
 
@@ -220,7 +222,10 @@ def check_tensors(lora, name: str) -> None:
                                  f"{lack} half; {AGAIN}.")
         if halves:
             down, up = lora[tensors[DOWN]], lora[tensors[UP]]
-            if min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0] or not down.numel():
+            # The host multiplies by up as a matrix, but for Tucker's core in between.
+            wide = not any("mid" in role for role in tensors) and math.prod(up.shape[2:]) != 1
+            if (min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0] or wide
+                    or not down.numel()):
                 raise QuantTuneError(
                     f"'{name}' has halves of shapes {list(down.shape)} and {list(up.shape)} for "
                     f"the layer '{short}', which do not belong together; {AGAIN}.")

@@ -66,6 +66,30 @@ def test_bad_loras_in_one_sentence(case):
     assert "x.safetensors" in text and text.endswith(".") and "\n" not in text and ";" in text
 
 
+def test_halves_that_are_both_kernels_are_refused():
+    """The host would only log that it cannot multiply them."""
+    from quanttune.host.lora_fit import fit_lora
+    from quanttune.quant import QuantTuneError
+
+    bad = {f"{CONV}.lora_up.weight": torch.ones(32, 4, 3, 3),
+           f"{CONV}.lora_down.weight": torch.ones(4, 32, 3, 3)}
+    with pytest.raises(QuantTuneError, match="halves of shapes .* do not belong together"):
+        fit_lora(bad, models.small_model())
+
+
+def test_biases_that_peft_saves_beside_the_adapters_are_no_layers():
+    from quanttune.host.lora_fit import fit_lora
+
+    model = models.small_model()
+    _, lora = exported(model, include=("attn1.to_q",))
+    count = len(lora) // 3
+    biases = {f"base_model.model.down_blocks.{i}.conv.bias": torch.ones(3)
+              for i in range(4 * count)}
+    fit = fit_lora({**lora, **biases}, model)
+    assert str(fit).startswith(f"{count} of {count} layers matched")
+    assert len(fit.unknown) == 4 * count and "have no place" in fit.notes()[0]
+
+
 LAYER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 CONV = "diffusion_model.input_blocks.1.0.in_layers.2"
 
