@@ -23,7 +23,28 @@ def build_optimizer(config: DenoisingTraining,
     found = [{"params": list(p), "lr": rate, "base_lr": rate} for p, rate in groups]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(found, weight_decay=config.weight_decay)
-    return _bitsandbytes(config.optimizer)(found, weight_decay=config.weight_decay)
+    kind = _bitsandbytes(config.optimizer)
+    _probe(kind, config.optimizer, found[0]["params"][0].device)
+    return kind(found, weight_decay=config.weight_decay)
+
+
+def _probe(kind: Callable[..., torch.optim.Optimizer], name: str, device: torch.device) -> None:
+    """One step on zeros: a library without its native part says so in its first step only.
+
+    As many of them as have a state of 8 bits.
+    """
+    parameter = nn.Parameter(torch.zeros(4096, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        kind([parameter]).step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the library raises, in several lines mostly
+        reason = next((x.strip() for x in str(error).splitlines() if x.strip()), "no reason given")
+        raise QuantTuneError(
+            f"The optimizer {name} cannot work here, because bitsandbytes fails "
+            f"({reason.rstrip('.')}); install bitsandbytes for this device, or choose adamw."
+        ) from error
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -22,6 +22,23 @@ def test_every_optimizer_minimises(name):
         assert float((values.detach() - target).abs().mean()) < 0.02
 
 
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adamw"])
+def test_a_library_without_its_native_part_is_told_before_the_first_step(name, monkeypatch):
+    import bitsandbytes.optim
+
+    from quanttune.quant import QuantTuneError
+    from quanttune.training.optimizers import BITSANDBYTES
+
+    def missing(*_):
+        raise RuntimeError("\n\U0001f6a8 native library is missing. \nRun python -m\nbitsandbytes")
+
+    monkeypatch.setattr(getattr(bitsandbytes.optim, BITSANDBYTES[name]), "step", missing)
+    with pytest.raises(QuantTuneError, match="library is missing.; install .* adamw") as told:
+        build_optimizer(ScaleTraining(optimizer=name),
+                        [([torch.nn.Parameter(torch.ones(3))], 1e-3)])
+    assert "\n" not in str(told.value)
+
+
 def test_groups_have_rates_of_their_own():
     r, s = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = build_optimizer(ScaleTraining(), [([r], 1e-3), ([s], 1e-2)])
