@@ -79,14 +79,14 @@ def with_metadata(folder: Path, column: str, warnings: list[str]) -> Iterator[Fo
         picture = inside(folder, name, where)
         caption = words_of(row[column], where) if column else None
         listed.add(picture)
-        if not picture.is_file():
+        if not os.path.isfile(picture):  # Path.is_file raises for a name that is too long
             warnings.append(f"{where} was left out: there is no picture {name}")
         elif picture.suffix.lower() not in SUFFIXES:
             warnings.append(other_kind(name))
         else:
             yield Found(name, picture, caption, f"fill '{column}' in {path.name}, {WAYS_OUT}")
     for place in sorted({folder, *(p.parent for p in listed)}):
-        for picture in picture_files(place) if place.is_dir() else ():
+        for picture in picture_files(place) if os.path.isdir(place) else ():
             if picture not in listed:
                 yield Found(picture.relative_to(folder).as_posix(), picture, None,
                             f"add a line for it to {path.name}, {WAYS_OUT}")

@@ -142,11 +142,20 @@ def output_of(config: Mapping, path, word: str, other: str) -> tuple[Path, Path,
                              f"command does not write; write '{word}'.")
     folder = Path(output.get("folder", "run"))
     target = Path(output.get(word, folder / f"{word}.safetensors"))
-    if target.is_dir():
+    if os.path.isdir(target):
         raise QuantTuneError(f"The file {target}, '{word}' of [output] in {path}, is a folder; "
                              "give the name of a file.")
     for place in (folder, target.parent):
         make_folder(place, f"of [output] in {path}")
+    try:
+        # As long as the name it has while it is written; only looked for.
+        os.lstat(f"{target}.00000000.tmp")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise QuantTuneError(f"The file {str(target)[-100:]!r}, '{word}' of [output] in {path}, "
+                             f"cannot be written ({getattr(error, 'strerror', None) or error}); "
+                             "choose another name.") from error
     return folder, target, list(output.get("trackers", []))
 
 
@@ -159,9 +168,10 @@ def make_folder(folder: Path, whose: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise QuantTuneError(f"The folder {folder} {whose} cannot be written "
-                             f"({error.strerror or error}); choose another one.") from error
+    except (OSError, ValueError) as error:  # the latter for a NUL
+        raise QuantTuneError(f"The folder {str(folder)!r} {whose} cannot be written "
+                             f"({getattr(error, 'strerror', None) or error}); choose another one."
+                             ) from error
 
 
 def start_host(device: str) -> None:
@@ -196,8 +206,8 @@ def load_float(base: Mapping[str, Any]):
         raise QuantTuneError("[base] needs 'checkpoint' (a file with text encoder and VAE) or "
                              "'starter = true'.")
     name = str(base["checkpoint"])
-    if not Path(name).is_file():
-        raise QuantTuneError(f"The checkpoint {name} is not there; give the path of a file "
+    if not os.path.isfile(name):
+        raise QuantTuneError(f"The checkpoint {name!r} is not there; give the path of a file "
                              "with model, text encoder and VAE.")
     try:
         model, clip, vae = comfy.sd.load_checkpoint_guess_config(name)[:3]

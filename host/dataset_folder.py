@@ -6,6 +6,7 @@ No code of a dataset is run, and no more than a few rows are in memory at a time
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,11 @@ def dataset_files(folder: Path) -> list[Path]:
         if len(names) > 1 and "train" not in names:
             raise QuantTuneError(f"The dataset {folder.name} has the splits {', '.join(names)} and "
                                  "none called train; give the folder of one of them.")
-        folder = inside(folder, "train" if "train" in names else names[0], f"{DICT}")
+        split = inside(folder, "train" if "train" in names else names[0], f"{DICT}")
+        if not os.path.isdir(split):  # Path.is_dir raises for a name that is too long
+            raise QuantTuneError(f"The dataset {folder.name} lacks the folder of its split "
+                                 f"{split.name[:100]}; copy or download it again.")
+        folder = split
     if not (folder / STATE).is_file():
         found = _shards(folder)
     else:
@@ -55,8 +60,9 @@ def dataset_files(folder: Path) -> list[Path]:
         names = [f.get("filename") if isinstance(f, dict) else None for f in files]
         found = [inside(folder, str(name), f"{STATE} of {folder.name}") for name in names]
         for path in found:
-            if not path.is_file():
-                raise QuantTuneError(f"The dataset {folder.name} lacks its file {path.name}; copy "
+            if not os.path.isfile(path):
+                raise QuantTuneError(f"The dataset {folder.name} lacks its file "
+                                     f"{path.name[:100]}; copy "
                                      "or download it again.")
     if not found:
         raise QuantTuneError(f"The folder {folder.name} is no dataset: it has neither {STATE} nor "

@@ -65,7 +65,7 @@ def folder_of(name: str) -> Path:
         folder = SUBJECTS / name.removeprefix(STARTER)
     else:
         folder = Path(folder_paths.get_input_directory()) / name.strip()
-    if not name.strip() or "\0" in name or not folder.is_dir():
+    if not name.strip() or "\0" in name or not os.path.isdir(folder):
         raise QuantTuneError(f"The image folder '{name}' is not there; give a folder of the input "
                              "folder or a full path.")
     return folder

@@ -29,6 +29,10 @@ LOOKS = "looks"
 """Key of what a preview shows, in its file."""
 RUNS = "quanttune_runs"
 """Folder of the training runs in the host's output folder."""
+LONGEST = 240
+"""Bytes of a run's name; file systems have 255, of which a run that is put aside takes some."""
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for devices."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,12 @@ def run_folder(name: str) -> Path:
     if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.endswith((".", " ")):
         raise QuantTuneError(f"The run name {name!r} cannot be a folder name; use letters, digits, "
                              "'-', '_' and '.'.")
+    if len(name.encode()) > LONGEST:
+        raise QuantTuneError(f"The run name {name[:20]!r}… is too long for a folder name; use at "
+                             "most 100 letters, or 80 of a script such as Chinese.")
+    if RESERVED.fullmatch(name):
+        raise QuantTuneError(f"The run name {name!r} is one that Windows keeps for devices; use "
+                             "another one.")
     return Path(folder_paths.get_output_directory()) / RUNS / name
 
 

@@ -259,9 +259,10 @@ def _check_start(path: str) -> None:
         raise QuantTuneError(
             f"The file {path} does not exist; choose another file or put it there."
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise QuantTuneError(
-            f"The file {path} cannot be read ({error.strerror or error}); choose another file."
+            f"The file {path!r} cannot be read ({reason}); choose another file."
         ) from error
     if size == 0:
         raise _damaged(path, "is empty")

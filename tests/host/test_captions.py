@@ -97,10 +97,11 @@ def test_a_limit_leaves_the_rest_unread(folder):
 def test_a_line_without_its_picture_is_left_out_and_named(folder):
     (folder / "d.gif").write_bytes(b"GIF89a")
     lines(folder, {"file_name": "gone.png", "text": "x"}, {"file_name": "d.gif", "text": "x"},
-          *THREE)
+          *THREE, {"file_name": "long" * 99 + ".png", "text": "x"})
     found = read()
     assert len(found.images.images) == 3
-    assert found.warnings == (
+    assert "line 6, was left out: there is no picture longlong" in found.warnings[-1]
+    assert found.warnings[:-1] == (
         "metadata.jsonl, line 1, was left out: there is no picture gone.png",
         "d.gif was left out: convert it to .png or .jpg")
 

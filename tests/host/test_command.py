@@ -204,6 +204,32 @@ def test_pictures_of_the_prompts_are_in_the_runs_folder(command, tmp_path):
         assert first.size == (64, 128) and first.tobytes() != last.tobytes()
 
 
+@pytest.mark.parametrize("output", [
+    {"lora": "x" * 300}, {"lora": "x" * 245}, {"lora": "a\0b"}, {"folder": "x" * 300},
+    {"folder": "a\0b"}, {"lora": "x" * 300 + "/a"}])
+def test_names_that_are_none_are_told_in_a_sentence(output, tmp_path, comfy_inprocess,
+                                                   monkeypatch):
+    from quanttune.host.command import output_of
+    from quanttune.quant import QuantTuneError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QuantTuneError, match=r"\[output\] in c\.toml.*cannot be written") as told:
+        output_of({"output": output}, "c.toml", "lora", "scales")
+    assert "\n" not in str(told.value) and "\0" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_files_to_read_whose_names_are_none(name, comfy_inprocess):
+    from quanttune.host.command import load_float
+    from quanttune.host.lora_file import read_lora
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match="is not there"):
+        load_float({"checkpoint": name})
+    with pytest.raises(QuantTuneError, match="cannot be read"):
+        read_lora(name)
+
+
 def test_output_that_cannot_be_written_is_told_first(tmp_path):
     (tmp_path / "file").write_text("x")
     path = tmp_path / "config.toml"

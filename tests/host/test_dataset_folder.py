@@ -189,6 +189,10 @@ def test_columns_that_are_no_captions(column, match, folder):
      "outside of the folder"),
     (lambda f: (f / "state.json").write_text('{"_data_files": [{"filename": "b.arrow"}]}'),
      "lacks its file b.arrow"),
+    (lambda f: (f / "state.json").write_text(
+        '{"_data_files": [{"filename": "%s"}]}' % ("x" * 300)), "lacks its file xxx"),
+    (lambda f: (f / "dataset_dict.json").write_text('{"splits": ["%s"]}' % ("y" * 300)),
+     "lacks the folder of its split yyy"),
     (lambda f: (f / "state.json").write_text('{"_indices_data_files": [1]}'), "old version"),
     (lambda f: (f / "dataset_dict.json").write_text('{"splits": ["../.."]}'), "outside"),
     (lambda f: (f / "dataset_dict.json").write_text('{"splits": []}'), "it lists no splits"),

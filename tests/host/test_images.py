@@ -198,7 +198,7 @@ def test_nothing_readable(prepare, match, folder):
         read("dog")
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "starter: nobody", "a\0b"])
+@pytest.mark.parametrize("name", ["", "字" * 100, "x" * 5000, "nowhere", "starter: nobody", "a\0b"])
 def test_a_folder_that_is_not_there(name):
     from quanttune.quant import QuantTuneError
 

@@ -246,6 +246,8 @@ REFUSED = {
     "nothing connected": ({"images": None}, "nothing to train on"),
     "no CLIP": ({"clip": None}, "need a CLIP and a VAE"),
     "run name": ({"run_name": "../outside"}, "run name"),
+    "long run name": ({"run_name": "字" * 100}, "run name.*too long"),
+    "reserved run name": ({"run_name": "Con.txt"}, "run name.*Windows"),
     "empty run name": ({"run_name": ""}, "run name"),
     "too many experts": ({"num_experts": 50}, "50 experts"),
     "timesteps": ({"first_timestep": 0.9, "last_timestep": 0.1}, "timestep_range"),
