@@ -241,7 +241,7 @@ def test_output_that_cannot_be_written_is_told_first(tmp_path):
 
 
 @pytest.mark.parametrize("text,match", [
-    ("[base]\ncheckpoint='{folder}/none.safetensors'", "none.safetensors is not there"),
+    ("[base]\ncheckpoint='{folder}/none.safetensors'", "none.safetensors.? is not there"),
     ("[base]\ncheckpoint='{folder}/config.toml'", "config.toml is no checkpoint"),
     ("[base]\nstarter=true\nbits=5", "5"),
     ("[base]\nstarter=true\ndevice='tpu'", "tpu"),
