@@ -201,6 +201,7 @@ def _upscaler(way: str):
     import comfy.sd
     import comfy.supported_models
     import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
 
     from quanttune.host.dynamic_int8 import hasten_attention
     from quanttune.host.quantize import quantize_model
@@ -215,7 +216,8 @@ def _upscaler(way: str):
     if way == TILED_8:
         patcher = quantize_model(patcher, QuantSpec(8), name="x4")[0]
     hasten_attention(patcher.model_options["transformer_options"], cpu)
-    vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": X4_VAE, "embed_dim": 4}},
+    parts = {"ddconfig": X4_VAE, "embed_dim": 4}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**parts).state_dict(), config={"params": parts},
                        dtype=torch.bfloat16)
     vae.downscale_ratio = vae.upscale_ratio = 4
     _randomize(vae.first_stage_model)
