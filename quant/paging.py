@@ -29,37 +29,38 @@ _let_go = 0
 
 
 class PagedStore:
-    """Copies of tensors in a temporary file that is gone with the last of them.
+    """Copies of tensors in temporary files that no folder shows and that end with the tensors.
 
     Args:
-        folder: where the file is made.
+        folder: on the disk to use; made if need be.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._folder, self._file = folder, None
+        self._folder = folder
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor in the file, or the tensor itself where no file can hold it (no
+        """A copy of a CPU tensor in a file, or the tensor itself where no file can hold it (no
         disk space, or a system without `page_out`)."""
         if _advise() is None or tensor.numel() == 0 or tensor.device.type != "cpu":
             return tensor
+        data = tensor.detach().contiguous()
+        size = data.numel() * data.element_size()
         try:
-            if self._file is None:
-                os.makedirs(self._folder, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._folder)
-            start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY)
-            start *= mmap.ALLOCATIONGRANULARITY
-            self._file.seek(start)
-            data = tensor.detach().contiguous()
-            self._file.write(data.view(-1).view(torch.uint8).numpy().data)
-            self._file.flush()
-            # Pages that are not on the disk yet could not be dropped.
-            os.fdatasync(self._file.fileno())
-            size = data.numel() * data.element_size()
-            mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
-        except OSError:
+            os.makedirs(self._folder, exist_ok=True)
+            # A file each: one of all would have to be held open, or mapped whole every time.
+            handle, name = tempfile.mkstemp(dir=self._folder)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(data.view(-1).view(torch.uint8).numpy().data)
+                    file.flush()
+                    # Pages that are not on the disk yet could not be dropped.
+                    os.fdatasync(file.fileno())
+                mapped = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+            finally:
+                os.unlink(name)
+        except (OSError, RuntimeError):
             return tensor
-        return torch.frombuffer(mapped, dtype=data.dtype).view(data.shape)
+        return mapped.view(data.dtype).view(data.shape)
 
 
 def page_out(tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 import errno
+import os
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,19 +51,22 @@ def test_a_stored_tensor_takes_no_memory_once_it_is_paged_out(tmp_path):
 
 
 @linux
-def test_the_file_is_nowhere_to_be_seen(tmp_path):
-    copy = PagedStore(tmp_path).put(torch.ones(10))
-    assert list(tmp_path.iterdir()) == [] and float(copy.sum()) == 10
+def test_the_files_are_nowhere_to_be_seen_and_none_stays_open(tmp_path):
+    store, opened = PagedStore(tmp_path), len(os.listdir("/proc/self/fd"))
+    copies = [store.put(torch.full((10,), float(i))) for i in range(50)]
+    assert list(tmp_path.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == opened
+    assert [float(copy.sum()) for copy in copies] == [10.0 * i for i in range(50)]
 
 
-def test_a_full_disk_leaves_the_tensor_where_it_is(tmp_path, monkeypatch):
-    class Full:
-        def __getattr__(self, name):
-            raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("fails", ["fdatasync", "makedirs"])
+def test_a_disk_that_fails_leaves_the_tensor_where_it_is(fails, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr(os, fails, full)
     tensor = torch.ones(10)
     assert PagedStore(tmp_path).put(tensor) is tensor
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
 def test_other_systems_keep_everything_in_memory(tmp_path, monkeypatch):
