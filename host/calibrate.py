@@ -30,7 +30,7 @@ from .identity import identity_of
 from .layout import is_uniform
 from .observe import ActivationWatch, ForwardRecord
 from .ops import scaled_layers
-from .patches import patches_digest
+from .patches import changes_digest
 from .quantize import quantizable_layers, quantize_model, refuse_bypass_lora
 from .routing import OPTION as ROUTER
 from .run import RUNS
@@ -156,7 +156,7 @@ def calibrate(patcher, latent: dict, positive: Sequence, negative: Sequence = ()
     router = patcher.model_options["transformer_options"].get(ROUTER)
     facts = {**asdict(how), "estimator": how.estimator.value, "prompts": len(samples.positive),
              "scales": "" if router is None else router.digest,
-             "patches": patches_digest(patcher)}
+             "patches": changes_digest(patcher)}
     checkpoint = replace(checkpoint, ranges=ranges,
                          metadata=replace(checkpoint.metadata, calibration=facts))
     quantized.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, quantized_model(

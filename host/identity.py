@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from .build import quantized_model
-from .patches import content, injections_digest, patches_digest
+from .patches import changes_digest, content
 from .quantize import originals
 from .routing import OPTION as ROUTER
 
@@ -13,7 +13,7 @@ from .routing import OPTION as ROUTER
 def identity_of(patcher) -> str:
     """Of what a MODEL computes: its weights, patches, bypass LoRAs, scales and sampling."""
     own = quantized_model(patcher)
-    digest = hashlib.sha256((patches_digest(patcher) + injections_digest(patcher)).encode())
+    digest = hashlib.sha256(changes_digest(patcher).encode())
     sampling = patcher.get_model_object("model_sampling")
     digest.update(repr([c.__name__ for c in type(sampling).__mro__]).encode())
     for key, value in sorted(sampling.state_dict().items()):

@@ -38,7 +38,7 @@ class Int8Mode:
         model: the host's model, whose sampling says what its timesteps mean; needed with ranges.
         scales: what `routing.ScaleRouter.digest` was at the calibration, "" without scales. With
             others the activations are others, and ranges of the moment are taken.
-        patches: the same of its patches, by `patches.patches_digest`.
+        patches: the same of its patches, by `patches.changes_digest`.
     """
 
     layers: frozenset[str]

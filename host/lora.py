@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import comfy.utils
 import torch
@@ -31,6 +32,11 @@ def keep_integers_under_patches(patcher) -> None:
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _unbake)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _forget)
+    # A bypass LoRA comes and goes without another load.
+    for call, injected in ((CallbacksMP.ON_INJECT_MODEL, True),
+                           (CallbacksMP.ON_EJECT_MODEL, False)):
+        patcher.remove_callbacks_with_key(call, KEY)
+        patcher.add_callback_with_key(call, KEY, partial(note_patches, injected=injected))
 
 
 def hold_patches(patcher, dora: bool = False) -> None:

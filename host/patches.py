@@ -13,16 +13,28 @@ SAMPLES = 1024
 """Values of a tensor that count, evenly apart."""
 
 
-def note_patches(patcher) -> None:
-    """Keep the digest of the patches that a MODEL was just loaded with; see `loaded_patches`."""
+def note_patches(patcher, injected: bool = False) -> None:
+    """Keep the digest of what a MODEL was just loaded with; see `loaded_patches`.
+
+    injected: whether its injections are around the layers at this moment.
+    """
     unet = patcher.model.diffusion_model.__dict__
     # The host loads a model anew before every sampling; the patches are the same ones mostly.
-    if unet.get(LOADED, ("", ""))[0] != patcher.patches_uuid:
-        unet[LOADED] = patcher.patches_uuid, patches_digest(patcher)
+    # The injections themselves are kept, so that no other object can take one's place.
+    around = [i for each in patcher.injections.values() for i in each] if injected else []
+    source = patcher.patches_uuid, around
+    if unet.get(LOADED, (None, ""))[0] != source:
+        digest = changes_digest(patcher) if injected else patches_digest(patcher)
+        unet[LOADED] = source, digest
+
+
+def changes_digest(patcher) -> str:
+    """`patches_digest` and `injections_digest` in one; "" without any of either."""
+    return patches_digest(patcher) + injections_digest(patcher)
 
 
 def loaded_patches(diffusion_model: torch.nn.Module) -> str:
-    """`patches_digest` of the MODEL that ``diffusion_model`` was last loaded for."""
+    """`changes_digest` of the MODEL that ``diffusion_model`` was last loaded for."""
     return diffusion_model.__dict__.get(LOADED, ("", ""))[1]
 
 
@@ -76,4 +88,6 @@ def content(value) -> bytes:
         return type(value).__name__.encode() + content(sorted(value.state_dict().items()))
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__).encode()
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # a strength of 1 is one of 1.0
     return repr(value).encode()

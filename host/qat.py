@@ -116,7 +116,10 @@ class HostStudent:
         """
         sampling = self.patcher.model.model_sampling
         timestep = self.record.timesteps(self.train[index]).flatten()[:1].float().cpu()
-        sigma = torch.as_tensor(sampling.sigma(timestep)).float().cpu()
+        # The sampling's own sigma(timestep) shifts flow models' timesteps a second time.
+        sigmas = sampling.sigmas.float().cpu()
+        told = torch.as_tensor(sampling.timestep(sampling.sigmas)).float().cpu()
+        sigma = sigmas[(told - timestep).abs().argmin()].reshape(1)
         one = torch.ones(1, 1, 1, 1)
         zero = torch.zeros_like(one)
         c_out = (sampling.calculate_denoised(sigma, one, zero)
@@ -190,8 +193,8 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
              f"Output error against it, with true integers: {before:.2%} before, {after:.2%} "
              f"after (on {len(held_out)} forwards that were not trained on)."]
     if not after < before:
-        lines.append("Training did not help: use the model from 'Calibrate INT8' as it is, or "
-                     "train with lower rates on more samples and prompts.")
+        lines.append("Training did not lower it: compare pictures, use the model from 'Calibrate "
+                     "INT8' as it is, or train with lower rates on more samples and prompts.")
     if samples.unused:
         lines.append(samples.unused)
     if not trainer.finished:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 
@@ -25,6 +26,8 @@ TRIM_AFTER = 64 * 2**20
 """Bytes of large blocks let go between two calls to the C library that it give back what is free.
 Bringing a model's weights into another form leaves a hole beside each of them: glibc kept as much
 free memory as an 8-bit SD1.5 is large."""
+LEFT_FREE = 2**30
+"""Bytes of a disk that are left to others."""
 _let_go = 0
 
 
@@ -47,6 +50,8 @@ class PagedStore:
         size = data.numel() * data.element_size()
         try:
             os.makedirs(self._folder, exist_ok=True)
+            if shutil.disk_usage(self._folder).free < size + LEFT_FREE:
+                return tensor
             # A file each: one of all would have to be held open, or mapped whole every time.
             handle, name = tempfile.mkstemp(dir=self._folder)
             try:
@@ -67,7 +72,8 @@ def page_out(tensor: Tensor) -> None:
     """Tell the system that nothing will read a CPU tensor soon.
 
     Its values stay what they are. The memory of one that lies in a mapped file (`PagedStore`, or a
-    safetensors file) is free at once and the next access reads the file; any other stays.
+    safetensors file that this user may write) is free at once and the next access reads the file.
+    Any other stays, or goes to swap where there is some.
     """
     advise = _advise()
     if advise is None or tensor.device.type != "cpu":

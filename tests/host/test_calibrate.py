@@ -250,6 +250,7 @@ def test_a_lora_that_calibration_did_not_see_takes_ranges_of_the_moment(bits):
     seen, _ = calibrated(with_lora(base, lora), dynamic_cross_attention=False)
     assert run(seen)[1], "a LoRA that was there keeps the ranges"
     assert not run(with_lora(seen, lora_file(source, seed=6)))[1], "another one beside it"
+    assert not run(with_lora(static, lora, bypass=True))[1] and run(static)[1], "a bypass LoRA"
 
 
 def with_precision(model, like):

@@ -39,6 +39,27 @@ def train(model, source, name="run", latent=None, **settings):
                      config, name)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+def test_weights_of_a_shifted_flow_model(shift):
+    from types import SimpleNamespace
+
+    from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
+
+    from quanttune.host.qat import HostStudent
+
+    class Sampling(ModelSamplingDiscreteFlow, CONST):
+        pass
+
+    sampling = Sampling()
+    sampling.set_parameters(shift=shift)
+    student = object.__new__(HostStudent)
+    student.patcher = SimpleNamespace(model=SimpleNamespace(model_sampling=sampling))
+    for sigma in (0.05, 0.3, 0.9):
+        given = sampling.timestep(torch.tensor([sigma]))
+        student.train, student.record = [0], SimpleNamespace(timesteps=lambda _, t=given: t)
+        assert abs(student.weight(0) - sigma**2 / (1 + sigma**2)) < 0.005
+
+
 @pytest.mark.parametrize("family", ["SD15", "SD20"])
 def test_nearly_clean_steps_weigh_little(family):
     from types import SimpleNamespace

@@ -58,6 +58,14 @@ def test_the_files_are_nowhere_to_be_seen_and_none_stays_open(tmp_path):
     assert [float(copy.sum()) for copy in copies] == [10.0 * i for i in range(50)]
 
 
+@linux
+def test_a_nearly_full_disk_is_left_alone(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": paging.LEFT_FREE})
+    monkeypatch.setattr(paging.shutil, "disk_usage", lambda folder: usage)
+    tensor = torch.ones(10)
+    assert PagedStore(tmp_path).put(tensor) is tensor
+
+
 @pytest.mark.parametrize("fails", ["fdatasync", "makedirs"])
 def test_a_disk_that_fails_leaves_the_tensor_where_it_is(fails, tmp_path, monkeypatch):
     def full(*args, **kwargs):
