@@ -97,7 +97,7 @@ def told(comfy_inprocess, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words,match", [
-    (("--checkpoint", "{folder}/none.safetensors"), "none.safetensors is not there"),
+    (("--checkpoint", "{folder}/none.safetensors"), "none.safetensors.? is not there"),
     (("--starter", "--prompts", "{folder}/gone.txt"), "gone.txt cannot be read"),
     (("--starter", "--prompts", "{folder}/empty.txt"), "empty.txt holds no prompt"),
     (("--starter", "--runs", "0"), "runs is 0"),
