@@ -49,13 +49,10 @@ def attention(q, k, v, heads, mask=None, **_):
     return (weights @ v).transpose(1, 2).reshape(n, -1, width)
 
 
-def build_unet() -> torch.nn.Module:
-    """The host's UNet with the usual initialisation: zeroed ends of residual branches."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+def draw_weights(model: torch.nn.Module) -> None:
+    """Random weights for a host's UNet, the ends of its residual branches at zero."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-    torch.manual_seed(SEED)
-    model = UNetModel(**UNET, device="cpu", operations=comfy.ops.disable_weight_init)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             torch.nn.init.xavier_uniform_(module.weight)
@@ -70,6 +67,16 @@ def build_unet() -> torch.nn.Module:
         elif type(module).__name__ == "SpatialTransformer":
             torch.nn.init.zeros_(module.proj_out.weight)
     torch.nn.init.zeros_(model.out[-1].weight)
+
+
+def build_unet() -> torch.nn.Module:
+    """The host's UNet with the usual initialisation: zeroed ends of residual branches."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    torch.manual_seed(SEED)
+    model = UNetModel(**UNET, device="cpu", operations=comfy.ops.disable_weight_init)
+    draw_weights(model)
     return model.train()
 
 

@@ -66,24 +66,15 @@ def build() -> torch.nn.Module:
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
+    from .stage_unet import draw_weights
+
     torch.manual_seed(SEED)
     model = UNetModel(**UNET, device="cpu", operations=comfy.ops.disable_weight_init)
     model.label_emb = LevelEmbedding(model.label_emb.embedding_dim)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-        elif isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
-            torch.nn.init.ones_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+    draw_weights(model)
     for module in model.modules():
         if isinstance(module, ResBlock):
-            torch.nn.init.zeros_(module.out_layers[-1].weight)
             torch.nn.init.zeros_(module.emb_layers[-1].weight)
-        elif type(module).__name__ == "SpatialTransformer":
-            torch.nn.init.zeros_(module.proj_out.weight)
-    torch.nn.init.zeros_(model.out[-1].weight)
     return soften(model, UNET_SCALE).train()
 
 
