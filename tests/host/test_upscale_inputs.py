@@ -1,0 +1,99 @@
+"""What *SD 4x Upscale* cannot work with, and whose words it takes."""
+
+import pytest
+import torch
+
+from quanttune.tests.host.test_upscale import inference, run  # noqa: F401
+from quanttune.tests.host.upscale_models import image, prompt, small_upscaler, small_vae
+
+
+@pytest.fixture(scope="module")
+def parts(comfy_inprocess):
+    with torch.inference_mode():
+        yield small_upscaler(), small_vae()
+
+
+def test_bad_pictures(parts):
+    from quanttune.quant import QuantTuneError
+
+    bad = {"no picture": torch.zeros(0, 8, 8, 3), r"empty \(8 x 0": torch.zeros(1, 0, 8, 3),
+           "NaN": torch.full((1, 8, 8, 3), torch.nan), "channels": torch.zeros(1, 8, 8, 2),
+           r"is \[8, 8, 3\]": torch.zeros(8, 8, 3), "is NoneType": None}
+    for match, picture in bad.items():
+        with pytest.raises(QuantTuneError, match=match) as caught:
+            run(parts, picture)
+        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_bad_settings(parts):
+    from quanttune.quant import QuantTuneError
+
+    for match, settings in {
+        "0 to 350": {"noise_level": 351}, "at least one": {"steps": 0},
+        "overlap of 64": {"overlap": 64}, "at least 64": {"tile_size": 32, "overlap": 0},
+        "no sampler 'x'": {"sampler": "x"}, "no scheduler 'x'": {"scheduler": "x"},
+    }.items():
+        with pytest.raises(QuantTuneError, match=match):
+            run(parts, image(8, 8), **settings)
+
+
+def test_another_model_or_vae(parts):
+    import comfy.sd
+
+    from quanttune.host.upscale import upscale
+    from quanttune.quant import QuantTuneError
+    from quanttune.tests.host.models import small_model
+
+    model, vae = parts
+    eightfold = small_vae(ch_mult=[1, 2, 4, 4])
+    eightfold.upscale_ratio = eightfold.downscale_ratio = 8
+    for match, pair in {
+        "BaseModel, not Stable Diffusion's x4": (small_model(), vae),
+        "something else, not": (vae, vae), "enlarges 8 times": (model, eightfold),
+        "no VAE": (model, comfy.sd.VAE({})), "There is no VAE": (model, None),
+    }.items():
+        with pytest.raises(QuantTuneError, match=match) as caught:
+            upscale(*pair, image(8, 8), prompt(), prompt())
+        assert "connect the" in str(caught.value)
+
+
+def test_conditioning_that_tiles_cannot_follow(parts):
+    from quanttune.host.upscale import upscale
+    from quanttune.quant import QuantTuneError
+
+    (embedding, _), = prompt()
+    for told, extra in {"a ControlNet": {"control": object()}, "an area": {"area": (8, 8, 0, 0)},
+                        "a mask": {"mask": torch.ones(1, 8, 8)}, "GLIGEN": {"gligen": (1, 2, 3)},
+                        "replaces": {"concat_image": torch.zeros(1, 3, 8, 8)}}.items():
+        for which in (0, 1):
+            both = [prompt(), prompt()]
+            both[which] = [[embedding, extra]]
+            with pytest.raises(QuantTuneError, match=told):
+                upscale(*parts, image(8, 8), *both)
+    with pytest.raises(QuantTuneError, match="negative conditioning is empty"):
+        upscale(*parts, image(8, 8), prompt(), [])
+    with pytest.raises(QuantTuneError, match="width 768, but this upscaler needs 32"):
+        upscale(*parts, image(8, 8), [[torch.zeros(1, 7, 768), {}]], prompt())
+
+
+def test_words_or_conditioning(comfy_inprocess):
+    from quanttune.host.upscale_inputs import conditioning
+    from quanttune.quant import QuantTuneError
+
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[tokens, {}]]
+
+    read = conditioning(Clip(), "a cat", "blur", None, None, 9.0)
+    assert read == ([["a cat", {}]], [["blur", {}]])
+    given = conditioning(Clip(), "a cat", "blur", prompt(), None, 9.0)
+    assert torch.is_tensor(given[0][0][0]) and given[1] == [["blur", {}]]
+    positive, negative = conditioning(None, "", "", prompt(), None, 1.0)
+    assert positive is negative
+    for match, arguments in {"the positive prompt": (None, "a", "", None, prompt(), 9.0),
+                             "the negative prompt": (None, "", "", prompt(), None, 9.0)}.items():
+        with pytest.raises(QuantTuneError, match=match):
+            conditioning(*arguments)
