@@ -9,7 +9,8 @@ Full-size SD1.5 and x4 upscaler with random weights: what a step costs does not 
    layers by the stock loader, the same in bfloat16 (the obvious alternative to integers), and the
    same LoRA under *Dynamic INT8*. Text encoder and VAE, which are equal for all, do not count.
 2. *upscale*: the node's own tiles against the whole picture at once, one step without guidance in
-   bfloat16, with the decoding. A way that ended for want of memory says so.
+   float32 (as ComfyUI does on a processor; ``--dtype``), with the decoding. A way that ended for
+   want of memory says so.
 
 Each row runs in a process of its own. Time is the process's processor time; memory is the peak
 resident set above the process with the host imported and idle, the model's weights included. What
@@ -75,6 +76,8 @@ def main(argv=None):
     parser.add_argument("--sides", nargs="+", type=int, default=SIDES,
                         help="of the pictures to upscale")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of upscale")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of the upscaler")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure:
@@ -83,7 +86,10 @@ def main(argv=None):
         return
     results = Results(options.json)
     for part in options.parts:
-        results.keep_only(f"{part}_settings", {"threads": options.threads}, (part,))
+        settings = {"threads": options.threads}
+        if part == "upscale":
+            settings["dtype"] = options.dtype
+        results.keep_only(f"{part}_settings", settings, (part,))
     if "generate" in options.parts:
         for row in options.rows:
             results.once("generate", row, lambda r=row: _child(options, "generate", r))
@@ -92,7 +98,8 @@ def main(argv=None):
             for way in options.ways:
                 if way != TILED_8 or side == min(SIDES):
                     results.once("upscale", f"{way}, {side}",
-                                 lambda w=way, s=side: _child(options, "upscale", w, s))
+                                 lambda w=way, s=side: _child(options, "upscale", w, s,
+                                                              options.dtype))
     results.found.update(ratios(results.found))
     results.save()
     print(tables(results.found))
@@ -164,7 +171,7 @@ def _generator(row: str):
     return patcher if row == TUNED else dynamic_int8(patcher, precision="bfloat16")[0]
 
 
-def upscale(threads: int, way: str, side: str) -> dict:
+def upscale(threads: int, way: str, side: str, dtype: str) -> dict:
     """Seconds and peak MiB of one step and the decoding of a picture of ``side`` pixels."""
     from quanttune.benchmarks._sd15 import memory_above_idle
     from quanttune.benchmarks.quantized_unet import start_host
@@ -191,12 +198,12 @@ def upscale(threads: int, way: str, side: str) -> dict:
         assert tuple(out.shape) == (1, side * 4, side * 4, 3), out.shape
 
     with torch.inference_mode():
-        memory = memory_above_idle(lambda: _upscaler(way), run)
+        memory = memory_above_idle(lambda: _upscaler(way, getattr(torch, dtype)), run)
     return {"seconds": seconds[0], **memory}
 
 
-def _upscaler(way: str):
-    """(MODEL, VAE) of the full-size upscaler in bfloat16, PyTorch's attention in all ways."""
+def _upscaler(way: str, dtype):
+    """(MODEL, VAE) of the full-size upscaler, PyTorch's attention in all ways."""
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models
@@ -209,7 +216,7 @@ def _upscaler(way: str):
 
     cpu = torch.device("cpu")
     config = comfy.supported_models.SD_X4Upscaler(dict(X4_UNET))
-    config.set_inference_dtype(torch.bfloat16, None)
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
     _randomize(model.diffusion_model)
     patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
@@ -218,7 +225,7 @@ def _upscaler(way: str):
     hasten_attention(patcher.model_options["transformer_options"], cpu)
     parts = {"ddconfig": X4_VAE, "embed_dim": 4}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**parts).state_dict(), config={"params": parts},
-                       dtype=torch.bfloat16)
+                       dtype=dtype)
     vae.downscale_ratio = vae.upscale_ratio = 4
     _randomize(vae.first_stage_model)
     return patcher, vae
