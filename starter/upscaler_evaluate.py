@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(text + "\n", encoding="utf-8")
     rows = list(range(min(3, args.count)))
-    small = Image.fromarray(sheet(shown, "starter", rows))
+    small = Image.fromarray(sheet(shown, "means", rows))
     small.resize((small.width // 2, small.height // 2), Image.LANCZOS).save(
         args.out / "samples.jpg", quality=88
     )

@@ -16,8 +16,8 @@ if __package__ in (None, ""):
     raise SystemExit
 
 STAGES = ("pictures", "vae", "unet", "export")
-MINUTES = {"vae": 13.0, "unet": 42.0}
-"""Default budgets on one CPU core."""
+MINUTES = {"vae": 20.0, "unet": 22.0}
+"""Default budgets with two workers."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,10 +28,13 @@ from .upscaler_fold import VAE_SCALE, fold, soften
 
 CROP, BATCH = 16, 8
 """Side of a training square in latents, and squares a step."""
-NOISE = 0.12
+NOISE = 0.06
 """Highest standard deviation of the noise on the latents; each square draws its own."""
-DETAIL_COST = 0.02
-"""Weight of the fourth latent's square."""
+OFF_COST, DETAIL_COST = 4.0, 0.02
+"""Weights of the first three latents' distance from the colours, and of the fourth's square."""
+EXACT, PLAIN = 0.5, 0.25
+"""Shares of squares that are decoded from the colours themselves, and without the fourth latent:
+what the diffusion model will give at worst."""
 SPREAD = 2.0
 """Standard deviation of the latents that the diffusion model sees. More than 1 moves the schedule's
 noise down: most of a picture is known from the start."""
@@ -132,14 +135,18 @@ def train(run: Run, pictures: Pictures, workers: int) -> torch.nn.Module:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(run.device.type, torch.bfloat16):
             z = model.encoder(x)[:, :4].float()
+            colours = mean_colours(x)
+            draw = torch.rand((2, BATCH, 1, 1, 1), generator=generator, device=x.device)
+            told = torch.where(draw[0] < EXACT, colours, z[:, :3])
+            used = torch.cat([told, z[:, 3:] * (draw[1] >= PLAIN)], 1)
             spread = NOISE * torch.rand((BATCH, 1, 1, 1), generator=generator, device=x.device)
             noise = torch.randn(z.shape, generator=generator, device=x.device)
-            out = model.decoder(z + spread * noise).float()
+            out = model.decoder(used + spread * noise).float()
         fit = picture_loss(out / 2, x / 2)
         psnr = -10 * torch.log10((out.detach().clamp(-1, 1) / 2 - x / 2).square().mean())
-        off = (z[:, :3] - mean_colours(x)).square().mean()
+        off = (z[:, :3] - colours).square().mean()
         detail_size = z[:, 3].square().mean()
-        loss = fit + off + DETAIL_COST * detail_size
+        loss = fit + OFF_COST * off + DETAIL_COST * detail_size
         return loss, {"fit": fit, "psnr": psnr, "off": off, "detail": detail_size}
 
     parallel.train(run, [model], loss_of, rate=6e-4, decay=1e-4, ema=0.995, workers=workers)

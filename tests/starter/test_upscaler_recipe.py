@@ -11,6 +11,7 @@ pytest.importorskip("comfy")
 from quanttune.starter import (  # noqa: E402
     upscaler_data,
     upscaler_fold,
+    upscaler_start,
     upscaler_unet,
     upscaler_vae,
 )
@@ -51,6 +52,31 @@ def test_the_autoencoder_starts_as_a_blurred_enlargement():
     with torch.inference_mode():
         again = model.decoder(model.encoder(ramp)[:, :4])
     assert (again - ramp)[..., 12:-12, 12:-12].abs().mean() < 0.12
+
+
+def test_the_diffusion_model_starts_as_the_best_linear_estimate():
+    """With nothing but noise it says what the small picture does; with little noise, the latent."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (4, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    small = small.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
+    picture = torch.from_numpy(small).permute(0, 3, 1, 2) / 127.5 - 1
+    by_colour = torch.randn(4, 3, generator=generator)
+    latents = torch.einsum("lc,nchw->nlhw", by_colour, picture) + 0.5
+    colours = upscaler_start.read_off(latents.numpy(), small)
+    assert torch.allclose(colours[:, :3], by_colour, atol=1e-4)
+    assert torch.allclose(colours[:, 3], torch.tensor(0.5), atol=1e-4)
+
+    model, signal = upscaler_unet.build(), upscaler_unet.signal_levels()
+    upscaler_start.start(model, colours, signal)
+    truth = latents + 0.1 * torch.randn(latents.shape, generator=generator)
+    for t, most in ((999, 0.2), (500, 0.2), (100, 0.15), (5, 0.04)):
+        a, s = signal[t].sqrt(), (1 - signal[t]).sqrt()
+        noisy = a * truth + s * torch.randn(latents.shape, generator=generator)
+        more = {"context": torch.zeros(4, 32, 128), "y": torch.zeros(4, dtype=torch.long)}
+        with torch.inference_mode():
+            velocity = model(torch.cat([noisy, picture], 1), torch.full((4,), float(t)), **more)
+        error = (a * noisy - s * velocity - truth).square().mean().sqrt()
+        assert error < most * truth.std()
 
 
 def randomised(model):
