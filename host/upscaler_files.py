@@ -16,15 +16,12 @@ import torch
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import is_cut_short, read_header
-from ..starter.upscaler_config import FILE as STARTER
 from .folders import file_state
 from .lora_keys import brief
 from .upscaler_weights import MODEL, STEMS, weight_files
 
 SHIPPED = "starter-x4 (shipped)"
-"""The name of the small upscaler of `starter/upscaler_train.py`, offered when its file is there."""
-NONE = "(none found)"
-"""What the list says when there is no upscaler."""
+"""The name of the small upscaler that comes with the pack."""
 FILE = "x4-upscaler-ema.safetensors"
 WHERE = (f"put the folder of {MODEL} into models/diffusers, or its file {FILE} into "
          "models/checkpoints")
@@ -56,11 +53,9 @@ class Place:
 
 
 def upscaler_names() -> list[str]:
-    """The upscalers to choose from: the starter's, diffusers folders (they end in "/"), files."""
-    shipped = [SHIPPED] if STARTER.is_file() else []
+    """The upscalers to choose from: the shipped one, diffusers folders (they end in "/"), files."""
     folders = [name for name, path in _folders().items() if _is_upscaler(path)]
-    files = [name for name, path in _files().items() if file_kind(path)]
-    return [*shipped, *folders, *files] or [NONE]
+    return [SHIPPED, *folders, *(name for name, path in _files().items() if file_kind(path))]
 
 
 def find_upscaler(name: str) -> Place:
@@ -71,11 +66,8 @@ def find_upscaler(name: str) -> Place:
     Raises:
         QuantTuneError: it is not there.
     """
-    if name == SHIPPED and STARTER.is_file():
+    if name == SHIPPED:
         return Place("shipped")
-    if name == NONE:
-        raise QuantTuneError(f"There is no SD x4 upscaler here; {WHERE}, and press R to refresh "
-                             "the list.")
     name = str(name)
     if name.endswith("/") and (folder := _folders().get(name)):
         return Place("folder", Path(folder))

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.load_upscaler import PRECISIONS, load_upscaler
-from ..host.upscaler_files import find_upscaler, upscaler_names, upscaler_state
+from ..host.upscaler_files import SHIPPED, find_upscaler, upscaler_names, upscaler_state
 from ..quant import QuantTuneError
 
 
@@ -17,11 +17,13 @@ class LoadUpscaler(io.ComfyNode):
             display_name="Load SD 4x Upscaler",
             category="QuantTune/upscale",
             description="Loads Stable Diffusion's x4 upscaler for 'SD 4x Upscale': from a "
-                        "diffusers folder or from a single file. Nothing is downloaded.",
+                        "diffusers folder, from a single file, or the small one that ships with "
+                        "the pack. Nothing is downloaded.",
             search_aliases=["x4 upscaler", "stable-diffusion-x4-upscaler", "diffusers", "upscale"],
             inputs=[
-                io.Combo.Input("upscaler", options=upscaler_names(),
-                               tooltip="A folder of stabilityai/stable-diffusion-x4-upscaler in "
+                io.Combo.Input("upscaler", options=upscaler_names(), default=SHIPPED,
+                               tooltip="The shipped one, a folder of "
+                                       "stabilityai/stable-diffusion-x4-upscaler in "
                                        "models/diffusers, or x4-upscaler-ema.safetensors in "
                                        "models/checkpoints."),
                 io.Combo.Input("precision", options=list(PRECISIONS), default="float",
@@ -44,10 +46,8 @@ class LoadUpscaler(io.ComfyNode):
     def validate_inputs(cls, upscaler):
         # In place of ComfyUI's own check, which would not say what to put where. A name that
         # another node gives is not known yet.
-        if upscaler is None:
-            return True
         try:
-            find_upscaler(upscaler)
+            find_upscaler(SHIPPED if upscaler is None else upscaler)
         except QuantTuneError as error:
             return str(error)
         return True

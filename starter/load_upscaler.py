@@ -48,7 +48,10 @@ def read(path: str, part: str, prefix: str) -> tuple[dict[str, torch.Tensor], di
             f"{name} carries no `{part}`, so it is not the small upscaler; {REPAIR}"
         )
     inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    return inside, json.loads(metadata[part])
+    try:
+        return inside, json.loads(metadata[part])
+    except ValueError as error:
+        raise QuantTuneError(f"The `{part}` of {name} is no JSON; {REPAIR}") from error
 
 
 def check(path: str, state: dict, module: torch.nn.Module) -> None:

@@ -71,6 +71,6 @@ MAX_LEVEL = 350
 """Highest noise level of the small picture; the host's `noise_augmentation` 1.0."""
 
 SETTINGS = {
-    "steps": 4, "cfg": 1.0, "sampler": "euler", "scheduler": "karras", "noise_level": 0,
+    "steps": 4, "cfg": 1.0, "sampler": "euler_ancestral", "scheduler": "karras", "noise_level": 0,
 }  # fmt: skip
 """What suits the shipped weights. More steps draw more detail, and more of it wrong."""

@@ -25,13 +25,3 @@ def saved_upscaler(upscaler_pipeline, tmp_path_factory):
 def upscaler_folder(saved_upscaler, host_folders):
     """The same where the host looks for it, listed as "x4/", the test's own to spoil."""
     return shutil.copytree(saved_upscaler, host_folders / "models" / "diffusers" / "x4")
-
-
-@pytest.fixture
-def starter_upscaler_is_there(monkeypatch, tmp_path):
-    """The list offers the starter's upscaler, whether its file is in this checkout or not."""
-    import quanttune.host.upscaler_files as files
-
-    path = tmp_path / "starter-x4"
-    path.touch()
-    monkeypatch.setattr(files, "STARTER", path)

@@ -20,8 +20,6 @@ from quanttune.tests.host.upscalers import (
     unet_inputs,
 )
 
-pytestmark = pytest.mark.usefixtures("starter_upscaler_is_there")
-
 
 @pytest.fixture(autouse=True)
 def _inference(comfy_inprocess):

@@ -8,8 +8,6 @@ import torch
 
 from quanttune.tests.host.upscalers import SHIPPED, WEIGHTS, change, told
 
-pytestmark = pytest.mark.usefixtures("starter_upscaler_is_there")
-
 
 @pytest.fixture(autouse=True)
 def _inference(comfy_inprocess):
@@ -33,14 +31,6 @@ class TestList:
                                     "sub/x4/"]
         told("class 'StableDiffusionPipeline'", "other/")
         told("model_index.json is missing", "half/")
-
-    def test_no_upscaler_at_all(self, host_folders, monkeypatch):
-        import quanttune.host.upscaler_files as files
-
-        monkeypatch.setattr(files, "STARTER", host_folders / "gone")
-        (name,) = files.upscaler_names()
-        assert "put the folder of stabilityai/" in told("There is no SD x4 upscaler", name)
-        told("is not there", SHIPPED)
 
     @pytest.mark.parametrize("name", ["gone.safetensors", "gone/", "../x4/", "/", "", "\0", "x4"])
     def test_what_is_gone_is_told_with_the_place_to_put_it(self, name, upscaler_folder):

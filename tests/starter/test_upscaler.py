@@ -16,9 +16,6 @@ from quanttune.quant.errors import QuantTuneError  # noqa: E402
 from quanttune.starter.common import prepare_host  # noqa: E402
 from quanttune.starter.upscaler_vae import SPREAD  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE.name} is made by the recipe, "
-                                                           "starter/upscaler_train.py")
-
 
 @pytest.fixture(scope="module")
 def parts():
