@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from .diffusers_config import UNET_FIXED, Settings
 from .lora_keys import brief
 from .upscaler_files import CHANNELS, INDEX, PIPELINE
-from .upscaler_weights import MODEL, read_json, read_weights
+from .upscaler_weights import MODEL, upscaler_folder
 
-PREDICTIONS = {"v_prediction": "V_PREDICTION", "epsilon": "EPS"}
-SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear",
-             "squaredcos_cap_v2": "squaredcos_cap_v2"}
-"""Names of noise schedules in diffusers, and what the host calls the same."""
 LOW_RES = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02,
            "num_train_timesteps": 1000, "trained_betas": None}
 """The noise on the small picture, which the host's upscaler computes so and not otherwise."""
@@ -34,18 +31,10 @@ MAX_NOISE_LEVEL = 350
 VOCABULARY, TOKENS = 49408, 77
 """Of the host's CLIP tokenizer."""
 LATENT = 4
-UNET_FIXED = {
-    "in_channels": CHANNELS, "out_channels": LATENT, "act_fn": "silu", "norm_num_groups": 32,
-    "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False,
-    "downsample_padding": 1, "mid_block_scale_factor": 1,
+UPSCALER_FIXED = {
+    **UNET_FIXED, "in_channels": CHANNELS, "out_channels": LATENT,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "class_embed_type": None,
-    "class_embeddings_concat": False, "addition_embed_type": None, "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None, "dual_cross_attention": False, "cross_attention_norm": None,
-    "attention_type": "default", "num_attention_heads": None, "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1,
-    "reverse_transformer_layers_per_block": None, "time_embedding_type": "positional",
-    "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
-    "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "addition_embed_type": None, "reverse_transformer_layers_per_block": None,
 }
 VAE_FIXED = {"in_channels": 3, "out_channels": 3, "latent_channels": LATENT, "act_fn": "silu",
              "norm_num_groups": 32, "shift_factor": None, "latents_mean": None,
@@ -81,17 +70,17 @@ def check_pipeline(folder: Path) -> dict:
     Raises:
         QuantTuneError: another pipeline, or one whose picture noise the host computes otherwise.
     """
-    index = read_json(folder, INDEX)
+    index = upscaler_folder(folder).json(INDEX)
     if index.get("_class_name") != PIPELINE:
         raise QuantTuneError(
             f"The folder {folder} holds a pipeline of the class "
             f"'{brief(index.get('_class_name'), 60)}', not the {PIPELINE} of an SD x4 upscaler; "
             f"choose the folder of {MODEL}.")
-    _expect(index, {"max_noise_level": MAX_NOISE_LEVEL}, f"The file {folder / INDEX}")
+    _settings(index, f"The file {folder / INDEX}").expect({"max_noise_level": MAX_NOISE_LEVEL})
     name = "low_res_scheduler/scheduler_config.json"
     # What the file leaves out is the default of diffusers' DDPMScheduler, which is linear.
-    _expect({"beta_schedule": "linear", **read_json(folder, name)}, LOW_RES,
-            f"The file {folder / name}")
+    low_res = {"beta_schedule": "linear", **upscaler_folder(folder).json(name)}
+    _settings(low_res, f"The file {folder / name}").expect(LOW_RES)
     return index
 
 
@@ -101,61 +90,60 @@ def read_unet(folder: Path) -> Part:
     Raises:
         QuantTuneError: files missing or damaged, or a UNet that the host's class cannot be.
     """
-    config = unet_config(read_json(folder, "unet/config.json"),
+    config = unet_config(upscaler_folder(folder).json("unet/config.json"),
                          f"The file {folder / 'unet' / 'config.json'}")
     where = f"The UNet in {folder / 'unet'}"
-    state = unet_state(read_weights(folder, "unet"), config, where)
+    state = unet_state(upscaler_folder(folder).weights("unet"), config, where)
     name = "scheduler/scheduler_config.json"
-    prediction, sampling = schedule(read_json(folder, name), f"The file {folder / name}")
+    settings = _settings(upscaler_folder(folder).json(name), f"The file {folder / name}")
+    prediction, sampling = settings.schedule()
     return Part(state, config, where, prediction, sampling)
 
 
 def read_vae(folder: Path) -> Part:
     """The autoencoder; as `read_unet`."""
-    config = vae_config(read_json(folder, "vae/config.json"),
+    config = vae_config(upscaler_folder(folder).json("vae/config.json"),
                         f"The file {folder / 'vae' / 'config.json'}")
-    return Part(vae_state(read_weights(folder, "vae")), config, f"The VAE in {folder / 'vae'}")
+    state = vae_state(upscaler_folder(folder).weights("vae"))
+    return Part(state, config, f"The VAE in {folder / 'vae'}")
 
 
 def read_text(folder: Path) -> Part:
     """The text encoder; as `read_unet`."""
-    config = text_config(read_json(folder, "text_encoder/config.json"),
+    config = text_config(upscaler_folder(folder).json("text_encoder/config.json"),
                          f"The file {folder / 'text_encoder' / 'config.json'}")
-    state = text_state(read_weights(folder, "text_encoder"), config["hidden_size"])
+    state = text_state(upscaler_folder(folder).weights("text_encoder"), config["hidden_size"])
     return Part(state, config, f"The text encoder in {folder / 'text_encoder'}")
 
 
 def unet_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of the host's `UNetModel` for the ``config.json`` of diffusers' UNet.
-
-    ``attention_head_dim`` is the number of heads there, whatever its name
-    (huggingface/diffusers#2011).
-    """
-    _expect(config, UNET_FIXED, where)
-    widths = _list(config, "block_out_channels", None, where)
+    """Arguments of the host's `UNetModel` for the ``config.json`` of diffusers' UNet."""
+    settings = _settings(config, where)
+    settings.expect(UPSCALER_FIXED)
+    widths = settings.numbers("block_out_channels", None)
     levels = len(widths)
     mult = [width // widths[0] for width in widths]
     if levels > 8 or any(width % widths[0] or width % 32 for width in widths):
-        raise _cannot(where, "block_out_channels", config["block_out_channels"])
+        raise settings.wrong("block_out_channels", config["block_out_channels"])
     attends = {"DownBlock2D": 0, "CrossAttnDownBlock2D": 1}
     down, up = config.get("down_block_types"), config.get("up_block_types")
     if not isinstance(down, (list, tuple)) or len(down) != levels or not all(
             isinstance(kind, str) and kind in attends for kind in down):
-        raise _cannot(where, "down_block_types", down)
+        raise settings.wrong("down_block_types", down)
     if up != [kind.replace("Down", "Up") for kind in reversed(down)]:
-        raise _cannot(where, "up_block_types", up)
-    blocks = _list(config, "layers_per_block", levels, where, default=2, most=8)
-    depths = _list(config, "transformer_layers_per_block", levels, where, default=1, most=16)
-    context = set(_list(config, "cross_attention_dim", levels, where, default=1280))
+        raise settings.wrong("up_block_types", up)
+    blocks = settings.numbers("layers_per_block", levels, default=2, most=8)
+    depths = settings.numbers("transformer_layers_per_block", levels, default=1, most=16)
+    context = set(settings.numbers("cross_attention_dim", levels, default=1280))
     if len(context) > 1:
-        raise _cannot(where, "cross_attention_dim", config["cross_attention_dim"])
-    heads = _heads(config, widths, where)
+        raise settings.wrong("cross_attention_dim", config["cross_attention_dim"])
+    heads = settings.heads(widths)
     cross = config.get("only_cross_attention") or False
     cross = [cross] * levels if isinstance(cross, bool) else cross
     if not isinstance(cross, list) or len(cross) != levels or not all(
             isinstance(only, bool) for only in cross):
-        raise _cannot(where, "only_cross_attention", config["only_cross_attention"])
-    classes = _list(config, "num_class_embeds", 1, where)[0]
+        raise settings.wrong("only_cross_attention", config["only_cross_attention"])
+    classes = settings.numbers("num_class_embeds", 1)[0]
     depth = [d * attends[kind] for d, kind in zip(depths, down)]
     return {
         "image_size": 32, "use_checkpoint": False, "use_spatial_transformer": True,
@@ -186,34 +174,14 @@ def unet_state(state: Mapping[str, Tensor], config: dict, where: str) -> dict[st
     return {names[key]: value for key, value in state.items()}
 
 
-def schedule(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """What a UNet predicts, and its noise schedule, in the host's names."""
-    prediction = PREDICTIONS.get(str(config.get("prediction_type", "epsilon")))
-    if prediction is None:
-        raise _cannot(where, "prediction_type", config["prediction_type"])
-    _expect(config, {"num_train_timesteps": 1000, "trained_betas": None}, where)
-    kind = config.get("beta_schedule", "linear")
-    if not isinstance(kind, str) or kind not in SCHEDULES:
-        raise _cannot(where, "beta_schedule", kind)
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    for key, value in (("beta_start", start), ("beta_end", end)):
-        if not isinstance(value, float) or not 0 < value < 1:
-            raise _cannot(where, key, value)
-    sampling = {"linear_start": start, "linear_end": end}
-    if kind != "scaled_linear":
-        sampling["beta_schedule"] = SCHEDULES[kind]
-    if config.get("rescale_betas_zero_snr") is True:
-        sampling["zsnr"] = True
-    return prediction, sampling
-
-
 def vae_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``ddconfig`` and ``embed_dim`` of the host's `AutoencoderKL` for diffusers' config."""
-    _expect(config, VAE_FIXED, where)
-    widths = _list(config, "block_out_channels", None, where)
-    blocks = _list(config, "layers_per_block", 1, where, default=1, most=2)[0]
+    settings = _settings(config, where)
+    settings.expect(VAE_FIXED)
+    widths = settings.numbers("block_out_channels", None)
+    blocks = settings.numbers("layers_per_block", 1, default=1, most=2)[0]
     if len(widths) != VAE_LEVELS or any(w % widths[0] or w % 32 for w in widths):
-        raise _cannot(where, "block_out_channels", config["block_out_channels"])
+        raise settings.wrong("block_out_channels", config["block_out_channels"])
     return {"embed_dim": LATENT, "ddconfig": {
         "double_z": True, "z_channels": LATENT, "resolution": 256, "in_channels": 3, "out_ch": 3,
         "ch": widths[0], "ch_mult": [w // widths[0] for w in widths], "num_res_blocks": blocks,
@@ -236,17 +204,17 @@ def vae_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def text_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The host's configuration of a CLIP text model for that of transformers."""
-    _expect({"vocab_size": VOCABULARY, **config}, {"vocab_size": VOCABULARY,
-                                                   "layer_norm_eps": 1e-5}, where)
+    settings = _settings({"vocab_size": VOCABULARY, **config}, where)
+    settings.expect({"vocab_size": VOCABULARY, "layer_norm_eps": 1e-5})
     activation = config.get("hidden_act", "quick_gelu")
     if str(activation) not in comfy.clip_model.ACTIVATIONS:
-        raise _cannot(where, "hidden_act", activation)
-    found = {key: _list(config, key, 1, where, default, most)[0] for key, default, most in (
+        raise settings.wrong("hidden_act", activation)
+    found = {key: settings.numbers(key, 1, default, most)[0] for key, default, most in (
         ("hidden_size", 512, None), ("intermediate_size", 2048, None),
         ("num_attention_heads", 8, 256), ("num_hidden_layers", 12, 256),
         ("max_position_embeddings", TOKENS, TOKENS))}
     if found["hidden_size"] % found["num_attention_heads"]:
-        raise _cannot(where, "num_attention_heads", found["num_attention_heads"])
+        raise settings.wrong("num_attention_heads", found["num_attention_heads"])
     return {**found, "hidden_act": activation}
 
 
@@ -264,37 +232,6 @@ def text_state(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return named
 
 
-def _heads(config: Mapping[str, Any], widths: list[int], where: str) -> dict[str, int]:
-    counts = _list(config, "attention_head_dim", len(widths), where, default=8)
-    if any(width % count for width, count in zip(widths, counts)):
-        raise _cannot(where, "attention_head_dim", config.get("attention_head_dim"))
-    if len(set(counts)) == 1:
-        return {"num_heads": counts[0], "num_head_channels": -1}
-    sizes = {width // count for width, count in zip(widths, counts)}
-    if len(sizes) > 1:
-        raise _cannot(where, "attention_head_dim", config["attention_head_dim"])
-    return {"num_heads": -1, "num_head_channels": sizes.pop()}
-
-
-def _list(config: Mapping[str, Any], key: str, count: int | None, where: str,
-          default: int | None = None, most: int | None = None) -> list[int]:
-    """Whole numbers above 0: one for all ``count`` of them, or a list of as many."""
-    value = config.get(key)
-    value = default if value is None else value
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * (count or 0)
-    if not values or (count is not None and len(values) != count) or not all(
-            type(n) is int and 0 < n <= (most or 2**16) for n in values):
-        raise _cannot(where, key, value)
-    return values
-
-
-def _expect(config: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Refuse a setting that is there and is not what the host computes with."""
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise _cannot(where, key, config[key])
-
-
-def _cannot(where: str, key: str, value: Any) -> QuantTuneError:
-    return QuantTuneError(f"{where} says {key} = {brief(value, 60)}, which ComfyUI's x4 upscaler "
-                          f"cannot be; choose the folder of {MODEL} or a fine-tune of it.")
+def _settings(config: Mapping[str, Any], where: str) -> Settings:
+    return Settings(config, where, "which ComfyUI's x4 upscaler cannot be; choose the folder of "
+                                   f"{MODEL} or a fine-tune of it")

@@ -16,9 +16,10 @@ import torch
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import is_cut_short, read_header
+from .diffusers_files import STEMS
 from .folders import file_state
 from .lora_keys import brief
-from .upscaler_weights import MODEL, STEMS, weight_files
+from .upscaler_weights import MODEL, upscaler_folder
 
 SHIPPED = "starter-x4 (shipped)"
 """The name of the small upscaler that comes with the pack."""
@@ -91,7 +92,7 @@ def upscaler_state(name: str) -> str:
     if place.kind == "folder":
         files = [*sorted(place.path.glob("*.json")), *sorted(place.path.glob("*/*.json"))]
         files += [p for part in STEMS if (place.path / part).is_dir()
-                  for p in weight_files(place.path, part)]
+                  for p in upscaler_folder(place.path).weight_files(part)]
     return "\n".join(f"{path} {file_state(str(path))}" for path in files)
 
 

@@ -136,31 +136,57 @@ def save_quantized_unet(
             tensors[key] = tensor
     if ranges is not None:
         tensors |= {f"{name}.{RANGES}": r.contiguous() for name, r in ranges.layers.items()}
+    facts = {
+        name: layer_facts(w.shape, w.bits, w.symmetric, w.split) for name, w in layers.items()
+    }
+    mark = metadata.fingerprint or fingerprint(layers)
+    metadata, described = complete_metadata(metadata, facts, floats, mark, ranges is not None)
+    write_safetensors(path, tensors, described, overwrite)
+    return metadata
+
+
+def layer_facts(
+    shape: tuple[int, ...], bits: int, symmetric: bool, split: int | None
+) -> dict[str, Any]:
+    """What the metadata say of one layer."""
+    return {"bits": bits, "symmetric": symmetric, "shape": list(shape), "split": split}
+
+
+def complete_metadata(
+    metadata: UNetMetadata,
+    layers: Mapping[str, Mapping[str, Any]],
+    floats: Collection[str],
+    fingerprint: str,
+    with_ranges: bool = False,
+) -> tuple[UNetMetadata, dict[str, Any]]:
+    """The metadata of a file with these layers and floats, and the same as its JSON object.
+
+    Args:
+        metadata: what is known beside them.
+        layers: layer name to `layer_facts`.
+        floats: names of all other tensors.
+        fingerprint: of the layers.
+        with_ranges: whether activation ranges are in the file.
+
+    Raises:
+        QuantTuneError: metadata that are not JSON.
+    """
     metadata = replace(
         metadata,
         unet_config=_jsonable(metadata.unet_config, "unet_config"),
         sampling_settings=_jsonable(metadata.sampling_settings, "sampling_settings"),
         provenance=_jsonable(metadata.provenance, "provenance"),
-        layers={
-            name: {
-                "bits": layer.bits,
-                "symmetric": layer.symmetric,
-                "shape": list(layer.shape),
-                "split": layer.split,
-            }
-            for name, layer in layers.items()
-        },
+        layers=layers,
         floats=tuple(sorted(floats)),
-        fingerprint=metadata.fingerprint or fingerprint(layers),
-        calibration=_jsonable(metadata.calibration, "calibration") if ranges else {},
+        fingerprint=fingerprint,
+        calibration=_jsonable(metadata.calibration, "calibration") if with_ranges else {},
         format=UNET_FORMAT,
-        format_version=CALIBRATED_VERSION if ranges else UNET_FORMAT_VERSION,
+        format_version=CALIBRATED_VERSION if with_ranges else UNET_FORMAT_VERSION,
     )
     described = asdict(metadata)
-    if ranges is None:
+    if not with_ranges:
         described.pop("calibration")  # files of version 1 stay the same, byte for byte
-    write_safetensors(path, tensors, described, overwrite)
-    return metadata
+    return metadata, described
 
 
 def _jsonable(value: Any, where: str) -> Any:

@@ -21,10 +21,14 @@ def fingerprint(layers: Mapping[str, QuantizedWeight]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(layers):
-        layer = layers[name]
-        facts = [name, layer.bits, list(layer.shape), layer.split]
-        digest.update(json.dumps(facts).encode())
-        for tensor in (layer.scale, layer.zero_point, layer.packed):
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(tensor_bytes(tensor))
+        add_layer(digest, name, layers[name])
     return digest.hexdigest()
+
+
+def add_layer(digest, name: str, layer: QuantizedWeight) -> None:
+    """Add one layer to a SHA-256; the layers have to come in the order of their names."""
+    facts = [name, layer.bits, list(layer.shape), layer.split]
+    digest.update(json.dumps(facts).encode())
+    for tensor in (layer.scale, layer.zero_point, layer.packed):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(tensor_bytes(tensor))

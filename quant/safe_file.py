@@ -84,7 +84,7 @@ def write_safetensors(
     names = stored_order(tensors)
     try:
         texts = {**(strings or {}), METADATA_KEY: json.dumps(metadata, allow_nan=False)}
-        header = _header(names, tensors, texts)
+        header = stored_header(names, tensors, texts)
     except (TypeError, ValueError) as error:
         if isinstance(error, QuantTuneError):
             raise
@@ -141,8 +141,16 @@ def unwritten(path: str | os.PathLike[str], error: OSError) -> QuantTuneError:
     return QuantTuneError(f"The file {os.fspath(path)} could not be written because {cure}.")
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
-    """The length-prefixed JSON header, padded so that the data starts at a multiple of 8."""
+def stored_header(
+    names: list[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> bytes:
+    """The length-prefixed JSON header, padded so that the data starts at a multiple of 8.
+
+    Args:
+        names: of the tensors in the order of their data, see `stored_order`.
+        tensors: name to tensor; the values do not matter, meta tensors will do.
+        texts: the metadata.
+    """
     # "format" is what other readers of safetensors files look at.
     entries: dict[str, Any] = {"__metadata__": {**texts, "format": "pt"}}
     offset = 0
@@ -163,6 +171,15 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], texts: Mapping[str,
     body = json.dumps(entries, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return struct.pack("<Q", len(body)) + body
+
+
+def stored_places(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Where each tensor begins among the data of a file that holds them in this order."""
+    places, offset = {}, 0
+    for name in names:
+        places[name] = offset
+        offset += tensors[name].numel() * tensors[name].element_size()
+    return places
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -200,7 +217,7 @@ def read_safetensors(
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise _damaged(path, "has unreadable QuantTune metadata")
+        raise damaged(path, "has unreadable QuantTune metadata")
     return metadata, tensors
 
 
@@ -216,8 +233,8 @@ def read_with_strings(
             return strings, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         if is_cut_short(path):
-            raise _damaged(path, "is cut short") from error
-        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
+            raise damaged(path, "is cut short") from error
+        raise damaged(path, f"has a damaged header ({first_line(error)})") from error
 
 
 def read_header(
@@ -232,6 +249,19 @@ def read_header(
         QuantTuneError: missing, empty, pickled files, a damaged header, and any other kind. Data
             that is cut short is no error here, see `is_cut_short`.
     """
+    strings, entries, _ = read_entries(path)
+    return strings, {name: tuple(entry["shape"]) for name, entry in entries.items()}
+
+
+def read_entries(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
+    """The header of a safetensors file as it stands there; as `read_header`.
+
+    Returns:
+        All metadata, name to ``{"dtype", "shape", "data_offsets"}``, and where the data begin. Of
+        the entries only the shapes have been looked at.
+    """
     path = os.fspath(path)
     _check_start(path)
     try:
@@ -241,12 +271,12 @@ def read_header(
         strings = entries.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in strings.values()):
             raise ValueError("metadata that is no text")
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
+        shapes = [tuple(entry["shape"]) for entry in entries.values()]
+        if not all(type(n) is int and n >= 0 for shape in shapes for n in shape):
             raise ValueError("a shape that is none")
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"has a damaged header ({_first_line(error)})") from error
-    return dict(strings), shapes
+        raise damaged(path, f"has a damaged header ({first_line(error)})") from error
+    return dict(strings), entries, 8 + length
 
 
 def _check_start(path: str) -> None:
@@ -265,23 +295,23 @@ def _check_start(path: str) -> None:
             f"The file {path!r} cannot be read ({reason}); choose another file."
         ) from error
     if size == 0:
-        raise _damaged(path, "is empty")
+        raise damaged(path, "is empty")
     if start.startswith(PICKLE_STARTS):
         raise QuantTuneError(
             f"The file {path} is a pickled checkpoint, which can run code when it is opened; "
             "convert it to safetensors first."
         )
     if size < 9:
-        raise _damaged(path, "is cut short")
+        raise damaged(path, "is cut short")
     length = struct.unpack("<Q", start[:8])[0]
     if start[8:9] != b"{":
         raise QuantTuneError(
             f"The file {path} is not a safetensors file; choose one that ends in .safetensors."
         )
     if length > MAX_HEADER_BYTES:
-        raise _damaged(path, f"has a damaged header (it claims {length} bytes)")
+        raise damaged(path, f"has a damaged header (it claims {length} bytes)")
     if length + 8 > size:
-        raise _damaged(path, "is cut short")
+        raise damaged(path, "is cut short")
 
 
 def is_cut_short(path: str) -> bool:
@@ -296,10 +326,12 @@ def is_cut_short(path: str) -> bool:
         return False
 
 
-def _damaged(path: str, how: str) -> QuantTuneError:
-    return QuantTuneError(f"The file {path} {how}; download or save it again.")
+def damaged(path: str | os.PathLike[str], how: str) -> QuantTuneError:
+    """The error for a file that is not whole; ``how`` says what of it, "is cut short"."""
+    return QuantTuneError(f"The file {os.fspath(path)} {how}; download or save it again.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message: its first line."""
     lines = str(error).splitlines()
     return lines[0][:200].rstrip(".") if lines else type(error).__name__

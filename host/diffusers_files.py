@@ -1,0 +1,177 @@
+"""A folder as diffusers saves it, read whole: what is missing is told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..quant import QuantTuneError
+from ..quant.safe_file import is_cut_short, read_header, read_with_strings
+from ..quant.tensor_file import PICKLED, load_pickled
+from .lora_keys import brief
+
+STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",),
+         "text_encoder": ("model", "pytorch_model")}
+"""Part of a pipeline to how its savers name the weights."""
+VARIANTS = {"": 0, "fp16": 1, "bf16": 2}
+"""Which of several precisions is taken first; training's other copies come last."""
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".download")
+"""How programs name what they have not downloaded to its end."""
+LFS = b"version https://git-lfs"
+"""How the little file begins that Git leaves in place of a large one it did not fetch."""
+MOST_SHARDS = 1000
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The folder of a pipeline, or of one part of it.
+
+    Attributes:
+        path: of the folder.
+        what: it is called in messages, "upscaler folder".
+        again: what to do when it is not whole, the end of a sentence.
+    """
+
+    path: Path
+    what: str = "folder"
+    again: str = "download the model into this folder again"
+
+    def json(self, name: str) -> dict:
+        """One of the folder's JSON files.
+
+        Raises:
+            QuantTuneError: it is missing, or no JSON object.
+        """
+        path = self.path / name
+        if what := fault(path):
+            raise self.unfinished(f"{name} {what}")
+        try:
+            value = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self.unfinished(f"{name} cannot be read ({brief(error)})") from error
+        if not isinstance(value, dict):
+            raise self.unfinished(f"{name} holds no settings")
+        return value
+
+    def weights(self, part: str) -> dict[str, Tensor]:
+        """All tensors of a part, by the names they have there.
+
+        Those of safetensors files are views of the mapped files.
+
+        Args:
+            part: a key of `STEMS`, or "" for a folder that is a UNet itself.
+
+        Raises:
+            QuantTuneError: no weights, or a file of them that is missing, damaged or cut short.
+        """
+        state: dict[str, Tensor] = {}
+        for path in self.weight_files(part):
+            if path.suffix == ".safetensors":
+                state |= read_with_strings(path)[1]
+            else:
+                state |= load_pickled(path)
+        return state
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The files that hold a part's weights: one, or several shards.
+
+        Of several forms the first that is whole is taken: safetensors before .bin, full precision
+        before half.
+
+        Raises:
+            QuantTuneError: as `weights`, as far as sizes and first bytes tell.
+        """
+        troubles = []
+        for choice in _choices(self.path, part):
+            files, trouble = shards(choice) if choice.suffix == ".json" else ([choice], None)
+            for path in () if trouble else files:
+                if what := fault(path):
+                    trouble = f"{path.name} {what}"
+                    break
+            if trouble is None:
+                return files
+            troubles.append(trouble)
+        missing = f"{STEMS[part or 'unet'][0]}.safetensors is missing"
+        where = f"{part}/" if part else ""
+        raise self.unfinished(where + (troubles[0] if troubles else missing))
+
+    def unfinished(self, what: str) -> QuantTuneError:
+        """The error for a folder that is not whole; ``what`` begins with the file's name."""
+        left = _left_over(self.path)
+        seen = f" (a download stopped at {left})" if left else ""
+        return QuantTuneError(f"The {self.what} {self.path} is not whole: {what}{seen}; "
+                              f"{self.again}.")
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a file as far as its size and first bytes tell, or None."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(LFS))
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if not start:
+        return "is empty"
+    if start == LFS:
+        return "is a Git LFS pointer in place of the file ('git lfs pull' fetches it)"
+    if path.suffix == ".safetensors":
+        try:
+            read_header(path)
+        except QuantTuneError:
+            return "is damaged or cut short"
+        return "is cut short" if is_cut_short(path) else None
+    cut = path.suffix in PICKLED and start.startswith(b"PK") and not zipfile.is_zipfile(path)
+    return "is cut short" if cut else None
+
+
+def shards(index: Path) -> tuple[list[Path], str | None]:
+    """The files that an index of shards names, or what is wrong with it."""
+    if what := fault(index):
+        return [], f"{index.name} {what}"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        plain = all(Path(name).name == name and Path(name).suffix in (".safetensors", ".bin")
+                    for name in names)
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        names, plain = [], False
+    if not names or not plain or len(names) > MOST_SHARDS:
+        return [], f"{index.name} does not list the files of the weights"
+    return [index.with_name(name) for name in names], None
+
+
+def _left_over(folder: Path) -> str:
+    """The name of a file whose download was not finished, or nothing."""
+    # A snapshot in Hugging Face's cache keeps its files two folders up.
+    for root in (folder, folder.parent.parent / "blobs"):
+        for path in root.rglob("*") if root.is_dir() else ():
+            if path.name.endswith(UNFINISHED):
+                return path.name
+    return ""
+
+
+def _choices(folder: Path, part: str) -> list[Path]:
+    """Files and shard indices that may be a part's weights, the best first."""
+    found = []
+    for order, stem in enumerate(STEMS[part or "unet"]):
+        one = re.compile(rf"{stem}(?:\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)")
+        index = re.compile(rf"{stem}(?:\.(?P<v>\w+))?\.(?P<kind>safetensors|bin)\.index"
+                           r"(?:\.(?P<variant>\w+))?\.json")
+        try:
+            names = sorted(path.name for path in (folder / part).iterdir())
+        except OSError:
+            names = []
+        for name in names:
+            match = one.fullmatch(name) or index.fullmatch(name)
+            if match:
+                facts = match.groupdict()
+                variant = facts["variant"] or facts.get("v") or ""
+                found.append((facts["kind"] == "bin", VARIANTS.get(variant, len(VARIANTS)),
+                              name.endswith(".json"), order, name))
+    return [folder / part / entry[-1] for entry in sorted(found)]
