@@ -84,7 +84,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
         state[f"{layer}.weight"] = wrap(weight, compute_dtype)
     _check_shapes(_construct(config, state, metadata, name, "meta"), state, name)
     model = _construct(config, state, metadata, name)
-    _predict_as_described(model, config, metadata.model_type)
+    predict_as_described(model, config, metadata.model_type)
     _fill(model.diffusion_model, state, name)
     route_forwards(model.diffusion_model)
     model.state_dict_for_saving = _refuse_stock_save
@@ -167,8 +167,8 @@ def _construct(config, state, metadata, name, device=None):
             f"({reason[0]}); quantize the original model again with this version.") from error
 
 
-def _predict_as_described(model, config, model_type: str) -> None:
-    """Some families take their prediction type for granted, whatever is asked of them."""
+def predict_as_described(model, config, model_type: str) -> None:
+    """Set what a model predicts: some families take that for granted, whatever is asked."""
     wanted = comfy.model_base.ModelType[model_type]
     if model.model_type != wanted:
         model.model_type = wanted

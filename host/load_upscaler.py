@@ -19,16 +19,13 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..quant import QuantSpec, QuantTuneError
-from .dynamic_int8 import dynamic_int8
-from .quantize import quantize_model
+from ..quant import QuantTuneError
+from .float_model import check_fits, float_model, unbuilt
+from .precision import at_precision, check_precision
 from .upscaler_diffusers import Part, check_pipeline, read_text, read_unet, read_vae
 from .upscaler_files import CHANNELS, WHERE, check_file, find_upscaler
 from .upscaler_weights import MODEL
 
-PRECISIONS = {"float": None, "8-bit": QuantSpec(8), "4-bit": QuantSpec(4, range="mse"),
-              "dynamic INT8": None}
-"""What the UNet's weights can be, and how each is quantized."""
 FACTOR = 4
 """Pixels of the VAE's picture to a side of one of its latent."""
 
@@ -38,7 +35,7 @@ def load_upscaler(name: str, precision: str = "float"):
 
     Args:
         name: as `upscaler_files.upscaler_names` lists it.
-        precision: a key of `PRECISIONS`, of the UNet.
+        precision: a key of `precision.PRECISIONS`, of the UNet.
 
     Returns:
         ``(MODEL, CLIP, VAE)``; CLIP is None when a file comes without a text encoder.
@@ -46,9 +43,7 @@ def load_upscaler(name: str, precision: str = "float"):
     Raises:
         QuantTuneError: nothing of that name, a folder or file that is not whole, or another model.
     """
-    if precision not in PRECISIONS:
-        raise QuantTuneError(
-            f"precision is '{precision}', but it has to be one of {', '.join(PRECISIONS)}.")
+    check_precision(precision)
     place = find_upscaler(name)
     if place.kind in ("shipped", "described"):
         from ..starter.load_upscaler import load_starter_upscaler
@@ -59,7 +54,7 @@ def load_upscaler(name: str, precision: str = "float"):
         model, clip, vae = load(place.path)
     check_upscaler(model, f"The upscaler '{name}'")
     if precision != "float":
-        model = _at_precision(model, precision, name)
+        model = at_precision(model, precision, name)
         gc.collect()  # the host's models refer to themselves; their floats are not to stay
     return model, clip, vae
 
@@ -134,33 +129,16 @@ def upscaler_model(part: Part, disable_dynamic: bool = False):
     Raises:
         QuantTuneError: tensors that do not fit the configuration.
     """
-    management = comfy.model_management
     family = comfy.model_base.SD_X4Upscaler
     try:
         config = comfy.supported_models.SD_X4Upscaler(part.config)
         config.unet_config.update(part.config)  # the family's own settings are those of one size
         config.sampling_settings.update(part.sampling)
-        load_device = management.get_torch_device()
-        offload_device = management.unet_offload_device()
-        supported = list(config.supported_inference_dtypes)
-        dtype = management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(part.state), supported_dtypes=supported,
-            weight_dtype=comfy.utils.weight_dtype(part.state))
-        cast = management.unet_manual_cast(dtype, load_device, supported)
-        config.set_inference_dtype(dtype, cast, device=load_device)
         kind = comfy.model_base.ModelType[part.prediction or "V_PREDICTION"]
-        skeleton = family(config, model_type=kind, device="meta").diffusion_model
     except Exception as error:  # the host's classes meet what may be a hostile description
-        raise _unbuilt(part, error) from error
-    _check_fits(skeleton, part)
-    model = family(config, model_type=kind)
-    patchers = comfy.model_patcher
-    make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    patcher = make(model, load_device=load_device, offload_device=offload_device)
-    if not management.is_device_cpu(offload_device):
-        model.to(offload_device)
-    model.load_model_weights(part.state, "", assign=patcher.is_dynamic())
-    return patcher
+        raise unbuilt(part.where, error) from error
+    return float_model(config, lambda device: family(config, model_type=kind, device=device),
+                       part.state, part.where, disable_dynamic)
 
 
 def upscaler_vae(part: Part):
@@ -174,8 +152,8 @@ def upscaler_vae(part: Part):
             skeleton = comfy.ldm.models.autoencoder.AutoencoderKL(
                 ddconfig=dict(part.config["ddconfig"]), embed_dim=part.config["embed_dim"])
     except Exception as error:  # as for the UNet
-        raise _unbuilt(part, error) from error
-    _check_fits(skeleton, part)
+        raise unbuilt(part.where, error) from error
+    check_fits(skeleton, {k: v.shape for k, v in part.state.items()}, part.where)
     vae = comfy.sd.VAE(sd=part.state, config={"params": dict(part.config)})
     # The host finds this out itself only where it makes the configuration.
     vae.downscale_ratio = vae.upscale_ratio = FACTOR
@@ -191,7 +169,7 @@ def upscaler_clip(part: Part, disable_dynamic: bool = False):
     sd2 = comfy.text_encoders.sd2_clip
     skeleton = comfy.clip_model.CLIPTextModel({"eos_token_id": 0, **part.config}, torch.float32,
                                               "meta", comfy.ops.manual_cast)
-    _check_fits(skeleton, part)
+    check_fits(skeleton, {k: v.shape for k, v in part.state.items()}, part.where)
     target = comfy.supported_models_base.ClipTarget(sd2.SD2Tokenizer, sd2.SD2ClipModel)
     # diffusers keeps the layers up to the one whose output is taken, so that it is the last.
     target.params["layer"] = "last"
@@ -202,32 +180,5 @@ def upscaler_clip(part: Part, disable_dynamic: bool = False):
         model_options={"clip_h_model_config": part.config})
 
 
-def _at_precision(model, precision: str, name: str):
-    if PRECISIONS[precision] is None:
-        return dynamic_int8(model, name=name)[0]
-    return quantize_model(model, PRECISIONS[precision], name=name)[0]
-
-
 def _embeddings():
     return folder_paths.get_folder_paths("embeddings")
-
-
-def _check_fits(skeleton: torch.nn.Module, part: Part) -> None:
-    """Refuse tensors that do not fit before any memory is taken for the model they are of."""
-    expected = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
-    for keys, what in ((expected.keys() - part.state.keys(), "lacks the"),
-                       (part.state.keys() - expected.keys(), "has an unknown")):
-        if keys:
-            raise QuantTuneError(f"{part.where} {what} tensor '{min(keys)}' ({len(keys)} such); "
-                                 "download or save it again.")
-    for key, shape in expected.items():
-        if tuple(part.state[key].shape) != shape:
-            raise QuantTuneError(
-                f"{part.where} does not fit its own configuration: {key} has the shape "
-                f"{list(part.state[key].shape)}, not {list(shape)}; download or save it again.")
-
-
-def _unbuilt(part: Part, error: Exception) -> QuantTuneError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return QuantTuneError(f"{part.where} describes a network that ComfyUI cannot build "
-                          f"({reason[:100]}); download or save it again.")

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..quant import QuantTuneError
 from .diffusers_config import UNET_FIXED, Settings
 from .lora_keys import brief
-from .upscaler_files import CHANNELS, INDEX, PIPELINE
+from .model_places import INDEX
+from .upscaler_files import CHANNELS, PIPELINE
 from .upscaler_weights import MODEL, upscaler_folder
 
 LOW_RES = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02,

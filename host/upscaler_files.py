@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from ..quant.safe_file import is_cut_short, read_header
 from .diffusers_files import STEMS
 from .folders import file_state
 from .lora_keys import brief
+from .model_places import INDEX, is_pipeline, model_folders, single_files
 from .upscaler_weights import MODEL, upscaler_folder
 
 SHIPPED = "starter-x4 (shipped)"
@@ -28,10 +27,7 @@ WHERE = (f"put the folder of {MODEL} into models/diffusers, or its file {FILE} i
          "models/checkpoints")
 FOLDER_KINDS = ("diffusers", "upscale_models", "checkpoints")
 FILE_KINDS = ("checkpoints", "diffusion_models")
-INDEX = "model_index.json"
 PIPELINE = "StableDiffusionUpscalePipeline"
-DEPTH = 3
-"""How many folders deep a pipeline may lie: Hugging Face's cache takes three."""
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CHANNELS = 7
 """Of the UNet's input: four of the latent, three of the small picture."""
@@ -154,38 +150,12 @@ def _kind(strings: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str:
 
 def _files() -> dict[str, str]:
     """Every single file that may be an upscaler: listed name to path."""
-    found: dict[str, str] = {}
-    for kind in FILE_KINDS:
-        for name in folder_paths.get_filename_list(kind):
-            path = folder_paths.get_full_path(kind, name)
-            if path and name.endswith(".safetensors"):
-                found.setdefault(name, path)
-    return found
+    return single_files(FILE_KINDS, (".safetensors",))
 
 
 def _folders() -> dict[str, str]:
     """Every folder that holds the parts of a pipeline: listed name to path."""
-    found: dict[str, str] = {}
-    for kind in FOLDER_KINDS:
-        for root in folder_paths.get_folder_paths(kind):
-            for path in _pipelines(root, DEPTH):
-                name = os.path.relpath(path, root).replace(os.sep, "/")
-                found.setdefault(f"{name}/", path)
-    return found
-
-
-def _pipelines(folder: str, depth: int) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as entries:
-            inside = sorted(entry.name for entry in entries if entry.name == INDEX
-                            or (not entry.name.startswith(".") and entry.is_dir()))
-    except OSError:
-        return
-    if INDEX in inside or os.path.isfile(os.path.join(folder, "unet", "config.json")):
-        yield folder
-    elif depth:
-        for name in inside:
-            yield from _pipelines(os.path.join(folder, name), depth - 1)
+    return model_folders(FOLDER_KINDS, is_pipeline)
 
 
 def _is_upscaler(folder: str) -> bool:

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.load_upscaler import PRECISIONS, load_upscaler
+from ..host.load_upscaler import load_upscaler
+from ..host.precision import PRECISIONS
 from ..host.upscaler_files import SHIPPED, find_upscaler, upscaler_names, upscaler_state
 from ..quant import QuantTuneError
 

@@ -67,7 +67,7 @@ class SafetensorsFile(TensorFile):
         size = self.path.stat().st_size
         self.shapes, self.dtypes, self._places = {}, {}, {}
         for name, entry in entries.items():
-            dtype = DTYPES.get(entry.get("dtype"))
+            dtype = DTYPES.get(str(entry.get("dtype")))
             if dtype is None:
                 raise QuantTuneError(
                     f"The file {path} holds '{name[:100]}' as {str(entry.get('dtype'))[:40]}, "
