@@ -14,12 +14,14 @@ import torch
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, load_quantized_unet
 from ..quant import fingerprint as fingerprint_of
+from ..quant.tensor_file import PICKLED
 from .describe import model_config
 from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
 from .routing import route_forwards
 from .stock_int8 import read_stock
+from .tuneqdm import read_tuneqdm
 
 ATTACHMENT = "quanttune"
 
@@ -51,11 +53,14 @@ def quantized_model(patcher) -> QuantizedModel | None:
 
 
 def load_model(path: str, name: str | None = None, disable_dynamic: bool = False):
-    """Load a quantized UNet file, ours or ComfyUI's own INT8, as a MODEL.
+    """Load a quantized UNet file as a MODEL: ours, ComfyUI's own INT8, or a ``tuneqdm_state.pt``.
 
     The integers of our files stay mapped to the file until used.
     """
-    checkpoint = read_stock(path) or load_quantized_unet(path)
+    if path.lower().endswith(PICKLED):
+        checkpoint = read_tuneqdm(path)[0]
+    else:
+        checkpoint = read_stock(path) or load_quantized_unet(path)
     patcher = build_model(checkpoint, name or path, disable_dynamic=disable_dynamic)
     patcher.cached_patcher_init = (load_model, (path, name))
     return patcher

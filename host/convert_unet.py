@@ -9,7 +9,7 @@ from pathlib import Path
 from ..quant import QuantSpec, QuantTuneError
 from ..quant.safe_file import METADATA_KEY, read_header
 from ..quant.stream_checkpoint import stream_quantized_unet
-from ..quant.tensor_file import PICKLED, load_pickled
+from ..quant.tensor_file import PICKLED, load_unpickled
 from .load_unet import plan_quantization
 from .unet_names import find_unet
 from .unet_source import INDEX, open_unet
@@ -31,7 +31,9 @@ def detect(path: str | os.PathLike[str]) -> bool:
             strings, shapes = read_header(path)
             return METADATA_KEY not in strings and find_unet(shapes) is not None
         if path.suffix.lower() in PICKLED:
-            return find_unet(load_pickled(path)) is not None
+            found = load_unpickled(path)
+            found = found.get("state_dict", found) if isinstance(found, dict) else {}
+            return isinstance(found, dict) and find_unet(map(str, found)) is not None
     except QuantTuneError:
         return path.suffix.lower() in (".safetensors", ".sft", *PICKLED)
     return False

@@ -14,6 +14,8 @@ UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
 METRICS_FOLDER = "quanttune_metrics"
 LORA_FOLDER = "loras"
+SUFFIXES = (".safetensors", ".pt")
+"""Of quantized UNets and scales: ours, and the states of TuneQDM's authors."""
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -30,7 +32,7 @@ def register_folders() -> None:
                      os.path.join(folder_paths.get_output_directory(), folder),
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
-        folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+        folder_paths.folder_names_and_paths[folder][1].update(SUFFIXES)
     folder_paths.add_model_folder_path(METRICS_FOLDER,
                                        os.path.join(folder_paths.models_dir, METRICS_FOLDER))
     folder_paths.folder_names_and_paths[METRICS_FOLDER][1].update(NETWORK_SUFFIXES)
@@ -38,12 +40,13 @@ def register_folders() -> None:
 
 def unet_files() -> list[str]:
     """Names of the files that may be quantized UNets, those in our own folder first."""
-    return _files(UNET_FOLDERS)
+    return _files(UNET_FOLDERS, SUFFIXES)
 
 
 def scale_files() -> list[str]:
-    """Names of the scale-set files."""
-    return _files((SCALES_FOLDER,))
+    """Names of the scale-set files, and of the states among the quantized UNets: they hold both."""
+    names = _files((SCALES_FOLDER,), SUFFIXES)
+    return names + [n for n in _files(UNET_FOLDERS[:1], SUFFIXES[1:]) if n not in names]
 
 
 def metric_files() -> list[str]:
@@ -71,7 +74,9 @@ def unet_path(name: str) -> str:
 
 def scales_path(name: str) -> str:
     """Full path of a scale set by its listed name."""
-    return _find((SCALES_FOLDER,), name, "models/quanttune_scales")
+    folders = (SCALES_FOLDER, *UNET_FOLDERS[:1]) if name.endswith(SUFFIXES[1:]) else (
+        SCALES_FOLDER,)
+    return _find(folders, name, "models/quanttune_scales")
 
 
 def metric_path(name: str) -> str:

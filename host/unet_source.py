@@ -123,13 +123,13 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
         files = [path]
     # A file of a diffusers folder has its settings beside it.
     folder = ModelFolder(path.parent)
-    config = folder.json("config.json") if _is_unet(path.parent) else None
+    config = folder.json("config.json") if is_unet(path.parent) else None
     pipeline = path.parent.parent if path.parent.name == "unet" else None
     return _of_files(files, name, where, config, path.parent, pipeline)
 
 
 def _of_folder(path: Path, name: str) -> UNetSource:
-    if _is_unet(path):
+    if is_unet(path):
         folder, part, pipeline = ModelFolder(path, "UNet folder"), "", path.parent
         pipeline = pipeline if path.name == "unet" else None
     else:
@@ -144,7 +144,7 @@ def _of_folder(path: Path, name: str) -> UNetSource:
     return _of_files(files, name, f"The UNet in {path / part}", config, path / part, pipeline)
 
 
-def _is_unet(folder: Path) -> bool:
+def is_unet(folder: Path) -> bool:
     """Whether a folder is diffusers' of a UNet alone."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -189,7 +189,10 @@ def _of_files(paths: list[Path], name: str, where: str, config: dict | None, fol
     shapes = {key: file.shapes[stored] for key, (file, stored) in own.items()}
     family, unet_config = detect(shapes, where)
     source = UNetSource(where, name, UNetMetadata(""), shapes, own, scales)
-    source.metadata = _metadata(source, family, unet_config, marks, config, folder, pipeline)
+    told = {mark: file.read(key) for mark, (file, key) in marks.items()}
+    if V_SIGN in shapes and issubclass(family, comfy.supported_models.SD20):
+        told[V_SIGN] = source.read(V_SIGN)
+    source.metadata = unet_metadata(shapes, family, unet_config, told, config, folder, pipeline)
     return source
 
 
@@ -201,19 +204,28 @@ def _renamed(own: dict, names: Mapping[str, str], where: str) -> dict:
     return {names[key]: value for key, value in own.items()}
 
 
-def _metadata(source: UNetSource, family: type, unet_config: dict, marks: dict,
-              config: dict | None, folder: Path, pipeline: Path | None) -> UNetMetadata:
-    """What a file says of the UNet so that the host can build it."""
+def unet_metadata(shapes: Mapping[str, tuple[int, ...]], family: type, unet_config: dict,
+                  told: dict[str, Tensor], config: dict | None = None, folder: Path = Path(),
+                  pipeline: Path | None = None) -> UNetMetadata:
+    """What a file says of a UNet so that the host can build it.
+
+    Args:
+        shapes: by name in the host.
+        family, unet_config: of `unet_names.detect`.
+        told: marks and tensors that tell what it predicts, by name.
+        config: of diffusers, from ``folder``.
+        pipeline: the folder whose scheduler says what the UNet predicts, if there is one.
+
+    Raises:
+        QuantTuneError: settings that the host cannot follow.
+    """
     host = family(unet_config)
-    told = {mark: file.read(key) for mark, (file, key) in marks.items()}
-    if V_SIGN in source.shapes and issubclass(family, comfy.supported_models.SD20):
-        told[V_SIGN] = source.read(V_SIGN)
     prediction = host.model_type(told, "").name  # may also set the two below
     latents, sampling = type(host.latent_format).__name__, dict(host.sampling_settings)
     described = {k: v for k, v in host.unet_config.items() if not isinstance(v, torch.dtype)}
     if config is not None:
         described |= _told(Settings(config, f"The file {folder / 'config.json'}", CANNOT),
-                           source.shapes)
+                           shapes)
     if pipeline is not None and (pipeline / SCHEDULER).exists():
         settings = Settings(ModelFolder(pipeline, "diffusers folder").json(SCHEDULER),
                             f"The file {pipeline / SCHEDULER}", CANNOT)

@@ -16,11 +16,12 @@ class LoadQuantizedUNet(io.ComfyNode):
             node_id="QuantTuneLoadQuantizedUNet",
             display_name="Load Quantized UNet",
             category="QuantTune/loaders",
-            description="Loads a UNet that 'Save Quantized UNet' wrote, or one of ComfyUI's own "
-                        "INT8 files. The integers stay packed in memory: a 4-bit SD1.5 UNet takes "
-                        "about 0.4 GB. A model from 'Calibrate INT8' multiplies integers at once; "
-                        "'Dynamic INT8' after it changes how.",
-            search_aliases=["unet loader", "int4", "int8"],
+            description="Loads a UNet that 'Save Quantized UNet' wrote, one of ComfyUI's own INT8 "
+                        "files, or the integers of a tuneqdm_state.pt in its pipeline's folder. "
+                        "The integers stay packed in memory: a 4-bit SD1.5 UNet takes about 0.4 "
+                        "GB. A model from 'Calibrate INT8' multiplies integers at once; 'Dynamic "
+                        "INT8' after it changes how.",
+            search_aliases=["unet loader", "int4", "int8", "tuneqdm_state"],
             inputs=[
                 io.Combo.Input("unet_name", options=folders.unet_files(),
                                tooltip="A file from models/quanttune, models/diffusion_models or "

@@ -5,7 +5,8 @@ from comfy_api.latest import io, ui
 from ..host import folders
 from ..host.routing import apply_scale_set
 from ..host.save import save_scales
-from ..quant import QuantTuneError, load_scale_set
+from ..host.tuneqdm import read_scales
+from ..quant import QuantTuneError
 
 Scales = io.Custom("QUANTTUNE_SCALES")
 CONNECTED = "(connected scales)"
@@ -55,7 +56,7 @@ class ApplyScales(io.ComfyNode):
     @classmethod
     def execute(cls, model, scale_name, strength, scales=None) -> io.NodeOutput:
         if scale_name != CONNECTED:
-            scales = load_scale_set(folders.scales_path(scale_name))
+            scales = read_scales(folders.scales_path(scale_name))
         elif scales is None:
             raise QuantTuneError("No scales are connected; choose a file in scale_name or connect "
                                  "'Load TuneQDM Scales'.")
@@ -76,7 +77,9 @@ class LoadScales(io.ComfyNode):
             category="QuantTune/loaders",
             description="Reads a scale set, for 'Apply TuneQDM Scales' or to train on.",
             inputs=[_scale_name_input(folders.scale_files(),
-                                      "A file from models/quanttune_scales.")],
+                                      "A file from models/quanttune_scales, or the "
+                                      "tuneqdm_state.pt of a training by TuneQDM's authors' "
+                                      "code.")],
             outputs=[Scales.Output("scales", display_name="scales", tooltip="The scale set.")],
         )
 
@@ -86,7 +89,7 @@ class LoadScales(io.ComfyNode):
 
     @classmethod
     def execute(cls, scale_name) -> io.NodeOutput:
-        return io.NodeOutput(load_scale_set(folders.scales_path(scale_name)))
+        return io.NodeOutput(read_scales(folders.scales_path(scale_name)))
 
 
 class SaveScales(io.ComfyNode):

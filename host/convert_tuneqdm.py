@@ -1,0 +1,44 @@
+"""A TuneQDM state of the authors to files of ours, as the command line asks for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..quant import QuantTuneError, save_quantized_unet, save_scale_set
+from .tuneqdm import is_tuneqdm, read_tuneqdm
+
+ENDING = ".safetensors"
+
+
+def detect(path: str | os.PathLike[str]) -> bool:
+    """Whether a source is a ``tuneqdm_state.pt``."""
+    return Path(path).is_file() and is_tuneqdm(path)
+
+
+def convert(path: str | os.PathLike[str], options) -> str:
+    """Convert one state; returns what to tell the user.
+
+    Args:
+        path: of the state.
+        options: with ``out``, the UNet's file to write, and, if they are there, ``scales`` (its
+            scale set's file; by default beside it, "…-scales.safetensors"), ``base`` (see
+            `tuneqdm.read_tuneqdm`) and ``overwrite`` (True).
+
+    Raises:
+        QuantTuneError: as `tuneqdm.read_tuneqdm`, or a file that exists or cannot be written.
+    """
+    out = Path(options.out)
+    if out.suffix != ENDING:
+        raise QuantTuneError(f"The target {out} has to end in {ENDING}; choose another name.")
+    told = getattr(options, "scales", None)
+    scales_out = Path(told) if told else out.with_name(f"{out.stem}-scales{ENDING}")
+    overwrite = getattr(options, "overwrite", None) is not False
+    checkpoint, scales, lines = read_tuneqdm(path, getattr(options, "base", None))
+    save_quantized_unet(out, checkpoint.layers, checkpoint.floats, checkpoint.metadata, overwrite)
+    save_scale_set(scales_out, scales, overwrite)
+    return "\n".join([
+        f"Saved {out} ({out.stat().st_size / 2**20:.1f} MiB): {checkpoint.metadata.family}, "
+        f"{len(checkpoint.layers)} layers in {scales.metadata.bits} bits.",
+        f"Saved {scales_out} ({scales_out.stat().st_size / 2**20:.2f} MiB): "
+        f"{scales.num_experts} experts.", *lines])
