@@ -1,0 +1,129 @@
+"""Model files read tensor by tensor."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quanttune.quant import QuantTuneError
+from quanttune.quant.tensor_file import DTYPES, load_pickled, open_tensors
+
+
+def state(form=""):
+    generator = torch.Generator().manual_seed(0)
+    whole = {str(dtype): (torch.randn(3, 5, generator=generator) * 9).to(dtype)
+             for dtype in DTYPES.values()
+             # PyTorch itself reads no fp8 from files of its old form.
+             if form != ".ckpt" or "float8" not in str(dtype)}
+    return {**whole, "empty": torch.empty(0, 4), "one": torch.tensor(3.0)}
+
+
+@pytest.fixture(params=["safetensors", "pt", "old"])
+def path(request, tmp_path):
+    path = tmp_path / f"a.{request.param.replace('old', 'ckpt')}"
+    if path.suffix == ".safetensors":
+        save_file(state(), path)
+    else:
+        torch.save({"state_dict": state(path.suffix), "epoch": 3}, path,
+                   _use_new_zipfile_serialization=request.param == "pt")
+    return path
+
+
+def test_every_type_and_shape(path):
+    file = open_tensors(path)
+    expected = state(path.suffix)
+    assert file.shapes == {k: tuple(v.shape) for k, v in expected.items()}
+    assert file.dtypes == {k: v.dtype for k, v in expected.items()}
+    for name, value in expected.items():
+        for found in (file.read(name), file.view(name)):
+            assert found.dtype == value.dtype
+            assert torch.equal(found.view(torch.uint8) if value.dim() else found,
+                               value.view(torch.uint8) if value.dim() else value)
+
+
+def test_what_is_read_is_the_readers_own(path):
+    file = open_tensors(path)
+    file.read("torch.float32").zero_()
+    assert torch.equal(file.read("torch.float32"), state()["torch.float32"])
+
+
+def test_tensors_that_share_their_memory_or_are_turned(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": whole, "b": whole[1:], "c": whole.T}, tmp_path / "a.bin")
+    file = open_tensors(tmp_path / "a.bin")
+    assert torch.equal(file.read("b"), whole[1:])
+    assert torch.equal(file.read("c"), whole.T) and file.read("c").is_contiguous()
+
+
+def refused(match, path):
+    with pytest.raises(QuantTuneError, match=match) as caught:
+        open_tensors(path)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message and len(message) < 500, message
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    refused("is no model file that this program reads", tmp_path / "a.txt")
+    for suffix in ("safetensors", "pt"):
+        refused("does not exist", tmp_path / f"gone.{suffix}")
+        (tmp_path / f"junk.{suffix}").write_bytes(b"junk" * 9)
+        refused("is not a safetensors file|is damaged", tmp_path / f"junk.{suffix}")
+    (tmp_path / "folder.pt").mkdir()
+    refused("is damaged or holds more than weights", tmp_path / "folder.pt")
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400])
+def test_half_a_file(cut, path):
+    path.write_bytes(path.read_bytes()[:-cut])
+    if path.suffix == ".safetensors":
+        refused("is cut short", path)
+    else:
+        refused("is damaged or holds more than weights", path)
+
+
+def test_a_file_that_shrinks_while_it_is_open(tmp_path):
+    save_file(state(), tmp_path / "a.safetensors")
+    file = open_tensors(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(content[:-len(content) // 2])
+    for act in (file.read, file.view):
+        with pytest.raises(QuantTuneError, match="is cut short|damaged"):
+            for name in file.shapes:
+                act(name)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(QuantTuneError, match="cannot be read"):
+        file.read("one")
+
+
+@pytest.mark.parametrize("entry", [
+    {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+    {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 2**64]},
+    {"dtype": "F32", "shape": [2], "data_offsets": 3},
+    {"dtype": "F32", "shape": [2]}, {"dtype": "NEW", "shape": [2], "data_offsets": [0, 8]},
+    {"shape": [2], "data_offsets": [0, 8]}])
+def test_headers_that_lie(entry, tmp_path):
+    text = json.dumps({"x" * 200: entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    refused("a.safetensors", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("found", [[], 3, {}, {"a": 1}, {1: torch.zeros(1)}, {"state_dict": {}}])
+def test_no_weights(found, tmp_path):
+    torch.save(found, tmp_path / "a.pt")
+    with pytest.raises(QuantTuneError, match="something else than the weights"):
+        load_pickled(tmp_path / "a.pt")
+
+
+def test_code_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    torch.save({"a": Evil()}, tmp_path / "a.pt")
+    refused("holds more than weights", tmp_path / "a.pt")
+    assert not (tmp_path / "made").exists()
