@@ -29,6 +29,7 @@ from .layers import (
 )
 from .low_rank import LowRank
 from .packing import pack, packed_shape, unpack
+from .qdiffusion import QDiffusionCheckpoint, QDiffusionLayer, is_qdiffusion, load_qdiffusion
 from .quantizer import choose_qparams, dequantize_codes, quantize_codes
 from .scale_file import load_scale_set, save_scale_set
 from .scales import LayerScales, ScaleMetadata, ScaleSet, expert_index
@@ -42,6 +43,8 @@ __all__ = [
     "WEIGHTS",
     "LayerScales",
     "LowRank",
+    "QDiffusionCheckpoint",
+    "QDiffusionLayer",
     "QuantSpec",
     "QuantTuneError",
     "QuantizedCheckpoint",
@@ -62,9 +65,11 @@ __all__ = [
     "dequantize_weight",
     "expert_index",
     "fingerprint",
+    "is_qdiffusion",
     "is_quantizable",
     "keep_float",
     "linear",
+    "load_qdiffusion",
     "load_quantized_unet",
     "load_scale_set",
     "pack",

@@ -107,7 +107,8 @@ def save_quantized_unet(
 
     Args:
         path: target file.
-        layers: layer name, relative to the UNet, to its quantized weight.
+        layers: layer name, relative to the UNet, to its quantized weight, or to one that is
+            computed when it is written (`qdiffusion.QDiffusionLayer`).
         floats: every other tensor of the UNet (biases, norms, layers kept in float) by name.
         metadata: `UNetMetadata`; what it says of layers and floats is replaced by what is saved.
         overwrite: False refuses to replace an existing file.
@@ -127,7 +128,7 @@ def save_quantized_unet(
         )
     tensors = dict(floats)
     for name, layer in layers.items():
-        for suffix, tensor in zip(SUFFIXES, (layer.packed, layer.scale, layer.zero_point)):
+        for suffix, tensor in zip(SUFFIXES, (layer.stored(), layer.scale, layer.zero_point)):
             key = f"{name}.{suffix}"
             if key in tensors:
                 raise QuantTuneError(

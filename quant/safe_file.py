@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import math
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -55,9 +57,31 @@ CURES = {
 }
 
 
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when it is written to a file, so that none but it is in memory.
+
+    Attributes:
+        dtype, shape: what ``make`` will give.
+        make: gives the tensor; called once for each time it is written.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def element_size(self) -> int:
+        """Bytes of a value."""
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Later],
     metadata: Mapping[str, Any],
     overwrite: bool = True,
     strings: Mapping[str, str] | None = None,
@@ -68,7 +92,7 @@ def write_safetensors(
 
     Args:
         path: target; its folder is created if need be.
-        tensors: name to tensor on any device.
+        tensors: name to tensor on any device, or to one that is made meanwhile.
         metadata: JSON-able object stored under `METADATA_KEY`.
         overwrite: False refuses to replace an existing file.
         strings: metadata for other programs, beside ours.
@@ -190,7 +214,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * count).from_address(tensor.data_ptr())).cast("B")
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+def _write_tensor(file: BinaryIO, tensor: Tensor | Later) -> None:
+    if isinstance(tensor, Later):
+        promised, tensor = tensor, tensor.make()
+        assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, tuple(promised.shape))
     tensor = tensor.detach().cpu().contiguous()
     file.write(tensor_bytes(tensor))
 
@@ -332,6 +359,6 @@ def damaged(path: str | os.PathLike[str], how: str) -> QuantTuneError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message: its first line."""
+    """What an error of another program says, short enough for a sentence of ours."""
     lines = str(error).splitlines()
     return lines[0][:200].rstrip(".") if lines else type(error).__name__

@@ -108,6 +108,10 @@ class QuantizedWeight:
         """The integers, ``[out, K]`` uint8."""
         return unpack(self.packed, self.bits, self.shape[0], self.numel // self.shape[0])
 
+    def stored(self) -> Tensor:
+        """The packed codes for a file."""
+        return self.packed
+
     def dequantize(
         self,
         dtype: torch.dtype = torch.float32,
