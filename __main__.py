@@ -42,6 +42,20 @@ def _add_report(commands) -> None:
     report.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
+def _add_convert(commands) -> None:
+    """The options of ``convert``, which all kinds of sources share."""
+    convert = commands.add_parser(
+        "convert", help="write a model that others quantized as a file of ours",
+        description="Reads a checkpoint of Q-Diffusion (.pth, .pt, .ckpt) and writes a quantized "
+                    "UNet for 'Load Quantized UNet', its integers as they are. See "
+                    "docs/interop.md.")
+    convert.add_argument("source", metavar="SOURCE", help="the file to read")
+    convert.add_argument("out", metavar="OUT", help="the .safetensors file to write")
+    convert.add_argument("--bits", type=int, choices=(8, 4, 3, 2),
+                         help="where the weights of a Q-Diffusion checkpoint mislead")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m quanttune", description=__doc__.split(":")[0])
@@ -50,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         train = commands.add_parser(name, help=f"train {what} as CONFIG.toml says")
         train.add_argument("config", help="see docs/training.md")
     _add_report(commands)
+    _add_convert(commands)
     options = parser.parse_args(argv)
     from .quant import QuantTuneError
 
@@ -59,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 
             words = sys.argv[1:] if argv is None else argv
             return report(options, f"python -m quanttune {shlex.join(words)}")
+        if options.command == "convert":
+            from .host.convert_command import convert
+
+            return convert(options)
         if options.command == "train-lora":
             from .host.lora_command import train_lora
 

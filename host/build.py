@@ -14,14 +14,15 @@ import torch
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, load_quantized_unet
 from ..quant import fingerprint as fingerprint_of
-from ..quant.tensor_file import PICKLED
+from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
 from .describe import model_config
+from .import_qdiffusion import read_qdiffusion
 from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
 from .routing import route_forwards
 from .stock_int8 import read_stock
-from .tuneqdm import read_tuneqdm
+from .tuneqdm import is_tuneqdm, read_tuneqdm
 
 ATTACHMENT = "quanttune"
 
@@ -52,17 +53,20 @@ def quantized_model(patcher) -> QuantizedModel | None:
     return patcher.get_attachment(ATTACHMENT)
 
 
-def load_model(path: str, name: str | None = None, disable_dynamic: bool = False):
-    """Load a quantized UNet file as a MODEL: ours, ComfyUI's own INT8, or a ``tuneqdm_state.pt``.
+def load_model(path: str, name: str | None = None, bits: int | None = None,
+               disable_dynamic: bool = False):
+    """Load a quantized UNet file as a MODEL: ours, ComfyUI's own INT8, Q-Diffusion's, or a
+    ``tuneqdm_state.pt``.
 
-    The integers of our files stay mapped to the file until used.
+    The integers of our files stay mapped to the file until used. ``bits`` is for those of
+    Q-Diffusion, which do not say how many they have.
     """
-    if path.lower().endswith(PICKLED):
-        checkpoint = read_tuneqdm(path)[0]
+    if path.lower().endswith(CHECKPOINTS):
+        checkpoint = read_tuneqdm(path)[0] if is_tuneqdm(path) else read_qdiffusion(path, bits)
     else:
         checkpoint = read_stock(path) or load_quantized_unet(path)
     patcher = build_model(checkpoint, name or path, disable_dynamic=disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (path, name))
+    patcher.cached_patcher_init = (load_model, (path, name, bits))
     return patcher
 
 

@@ -45,6 +45,33 @@ def describe(source, name: str, provenance: dict) -> UNetMetadata:
     )
 
 
+def describe_config(config, tensors, name: str, provenance: dict) -> UNetMetadata:
+    """What a file has to say of a model that the host only knows by its tensors' shapes.
+
+    Args:
+        config: the host's model config, as its detection gives it.
+        tensors: by their names in the UNet; some families tell by them what they predict.
+        name: of the file, for messages.
+        provenance: as in the metadata.
+
+    Raises QuantTuneError when the model's configuration cannot be written.
+    """
+    described = {k: v for k, v in config.unet_config.items() if not isinstance(v, torch.dtype)}
+    try:
+        described = json.loads(json.dumps(described))
+    except TypeError as error:
+        raise QuantTuneError(
+            f"The configuration of {name} cannot be written to a file ({error}); this model "
+            "family is not supported yet.") from error
+    return UNetMetadata(
+        family=type(config).__name__,
+        unet_config=described,
+        model_type=config.model_type(tensors, "").name,
+        latent_format=type(config.latent_format).__name__,
+        sampling_settings=copy.deepcopy(config.sampling_settings),
+        provenance=provenance)
+
+
 def model_config(checkpoint: QuantizedCheckpoint, name: str):
     """The host's model config for a file, which may be hostile.
 

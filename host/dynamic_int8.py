@@ -133,9 +133,12 @@ def _reasons(found: dict) -> str:
     return "; ".join([*told, *(["no backend is known"] if none else [])])
 
 
-def load_ready(path: str, name: str):
-    """The MODEL of a quantized file; with calibrated ranges it multiplies integers at once."""
-    patcher = load_model(path, name)
+def load_ready(path: str, name: str, bits: int | None = None):
+    """The MODEL of a quantized file; with calibrated ranges it multiplies integers at once.
+
+    ``bits``: as in `build.load_model`.
+    """
+    patcher = load_model(path, name, bits)
     checkpoint = quantized_model(patcher).checkpoint
     if checkpoint.ranges is None:
         return patcher

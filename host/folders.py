@@ -9,6 +9,9 @@ import folder_paths
 
 from ..metrics.similarity import SUFFIXES as NETWORK_SUFFIXES
 from ..quant import QuantTuneError
+from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
+from ..starter.qdiffusion_file import NAME as MADE
+from ..starter.qdiffusion_file import write_qdiffusion_starter
 
 UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
@@ -33,14 +36,19 @@ def register_folders() -> None:
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
         folder_paths.folder_names_and_paths[folder][1].update(SUFFIXES)
+    folder_paths.folder_names_and_paths["quanttune"][1].update(CHECKPOINTS)
     folder_paths.add_model_folder_path(METRICS_FOLDER,
                                        os.path.join(folder_paths.models_dir, METRICS_FOLDER))
     folder_paths.folder_names_and_paths[METRICS_FOLDER][1].update(NETWORK_SUFFIXES)
 
 
 def unet_files() -> list[str]:
-    """Names of the files that may be quantized UNets, those in our own folder first."""
-    return _files(UNET_FOLDERS, SUFFIXES)
+    """Names of the files that may be quantized UNets, those in our own folder first.
+
+    The last is the starter's Q-Diffusion checkpoint, which `unet_path` makes.
+    """
+    names = _files(UNET_FOLDERS, (".safetensors", *CHECKPOINTS))
+    return [name for name in names if name != MADE] + [MADE]
 
 
 def scale_files() -> list[str]:
@@ -69,6 +77,11 @@ def _files(folders, suffixes=(".safetensors",)) -> list[str]:
 
 def unet_path(name: str) -> str:
     """Full path of a quantized UNet by its listed name."""
+    if name == MADE and not any(folder_paths.get_full_path(f, name) for f in UNET_FOLDERS):
+        path = os.path.join(folder_paths.get_temp_directory(), MADE)
+        if not os.path.isfile(path):
+            write_qdiffusion_starter(path)
+        return path
     return _find(UNET_FOLDERS, name, "models/quanttune or models/diffusion_models")
 
 

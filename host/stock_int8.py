@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 
 import comfy.model_detection
 import torch
 
-from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantTuneError, UNetMetadata, pack
+from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantTuneError, pack
 from ..quant.safe_file import read_safetensors
+from .describe import describe_config
 
 MARK = ".comfy_quant"
 """How ComfyUI names what it says of a quantized layer: JSON as bytes."""
@@ -48,13 +48,16 @@ def read_stock(path: str) -> QuantizedCheckpoint | None:
             f"The file {os.path.basename(path)} holds no model that this ComfyUI knows; choose "
             "another file or update ComfyUI.")
     for mark in PREDICTION_MARKS & own.keys():
-        del own[mark]  # read by `_metadata` from the file
+        del own[mark]  # `describe_config` reads them from the file
     for name, value in own.items():
         if not value.is_floating_point() or value.element_size() < 2:
             raise QuantTuneError(
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; load it with ComfyUI's own loader.")
-    return QuantizedCheckpoint(_metadata(path, config, tensors, prefix), layers, own)
+    name = os.path.basename(path)
+    metadata = describe_config(config, {k.removeprefix(prefix): v for k, v in tensors.items()},
+                               name, {"source": name, "bits": 8, "symmetric": True})
+    return QuantizedCheckpoint(metadata, layers, own)
 
 
 def _layer(path: str, name: str, tensors: dict) -> QuantizedWeight:
@@ -85,21 +88,3 @@ def _layer(path: str, name: str, tensors: dict) -> QuantizedWeight:
     codes = (values.to(torch.int16) + MIDDLE).to(torch.uint8).flatten(1)
     return QuantizedWeight(pack(codes, 8), scale, torch.full_like(scale, MIDDLE), 8,
                            tuple(values.shape), symmetric=True)
-
-
-def _metadata(path: str, config, tensors: dict, prefix: str) -> UNetMetadata:
-    described = {k: v for k, v in config.unet_config.items() if not isinstance(v, torch.dtype)}
-    try:
-        described = json.loads(json.dumps(described))
-    except TypeError as error:
-        raise QuantTuneError(
-            f"The configuration of {os.path.basename(path)} cannot be written to a file "
-            f"({error}); this model family is not supported yet.") from error
-    return UNetMetadata(
-        family=type(config).__name__,
-        unet_config=described,
-        model_type=config.model_type(
-            {k.removeprefix(prefix): v for k, v in tensors.items()}, "").name,
-        latent_format=type(config.latent_format).__name__,
-        sampling_settings=copy.deepcopy(config.sampling_settings),
-        provenance={"source": os.path.basename(path), "bits": 8, "symmetric": True})

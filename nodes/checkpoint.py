@@ -17,27 +17,34 @@ class LoadQuantizedUNet(io.ComfyNode):
             display_name="Load Quantized UNet",
             category="QuantTune/loaders",
             description="Loads a UNet that 'Save Quantized UNet' wrote, one of ComfyUI's own INT8 "
-                        "files, or the integers of a tuneqdm_state.pt in its pipeline's folder. "
-                        "The integers stay packed in memory: a 4-bit SD1.5 UNet takes about 0.4 "
-                        "GB. A model from 'Calibrate INT8' multiplies integers at once; 'Dynamic "
-                        "INT8' after it changes how.",
-            search_aliases=["unet loader", "int4", "int8", "tuneqdm_state"],
+                        "files, a checkpoint of Q-Diffusion (.pth, .pt, .ckpt), or the integers of a "
+                        "tuneqdm_state.pt in its pipeline's folder. The integers stay packed in "
+                        "memory: a 4-bit SD1.5 UNet takes about 0.4 GB. A model from 'Calibrate "
+                        "INT8' multiplies integers at once; 'Dynamic INT8' after it changes how.",
+            search_aliases=["unet loader", "int4", "int8", "tuneqdm_state", "q-diffusion",
+                            "import"],
             inputs=[
                 io.Combo.Input("unet_name", options=folders.unet_files(),
                                tooltip="A file from models/quanttune, models/diffusion_models or "
                                        "models/unet."),
+                io.Combo.Input("bits", options=["auto", "8", "4", "3", "2"], default="auto",
+                               optional=True,
+                               tooltip="Only for checkpoints of Q-Diffusion, which do not say how "
+                                       "many bits they have: auto looks at the weights. Other "
+                                       "files say it themselves."),
             ],
             outputs=[io.Model.Output("model", display_name="MODEL",
                                      tooltip="The quantized model.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name):
+    def fingerprint_inputs(cls, unet_name, bits="auto"):
         return folders.file_state(folders.unet_path(unet_name))
 
     @classmethod
-    def execute(cls, unet_name) -> io.NodeOutput:
-        return io.NodeOutput(load_ready(folders.unet_path(unet_name), unet_name))
+    def execute(cls, unet_name, bits="auto") -> io.NodeOutput:
+        declared = None if bits == "auto" else int(bits)
+        return io.NodeOutput(load_ready(folders.unet_path(unet_name), unet_name, declared))
 
 
 class SaveQuantizedUNet(io.ComfyNode):

@@ -1,0 +1,97 @@
+"""``python -m quanttune convert``: models that others quantized, as files of our own.
+
+One row of `KINDS` for each kind of source: how to know it, and a function that writes the result
+and says what it wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..quant import QuantTuneError, is_qdiffusion, load_qdiffusion, save_quantized_unet
+from .command import start_host
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source.
+
+    Attributes:
+        name: in messages.
+        detect: whether the file or folder at a path is of this kind; never raises.
+        convert: ``(path, options) -> str``: writes ``options.out`` and says what it wrote. The
+            options are those of the command line: ``source``, ``out``, ``bits``, ``overwrite``.
+    """
+
+    name: str
+    detect: Callable[[str], bool]
+    convert: Callable[[str, Namespace], str]
+
+
+def convert(options: Namespace) -> int:
+    """Convert as the options of the command line say; returns the exit status.
+
+    Raises:
+        QuantTuneError: no such source, one of no known kind or damaged, or a target that is there
+            already or cannot be written.
+    """
+    source, out = options.source, options.out
+    if not os.path.exists(source):
+        raise QuantTuneError(f"The source {source!r} does not exist; give the path of a file.")
+    if os.path.exists(out):
+        if os.path.samefile(source, out):
+            raise QuantTuneError(f"Source and target are both {out!r}; give the target another "
+                                 "name.")
+        if not options.overwrite:
+            raise QuantTuneError(f"The file {out!r} exists already; choose another name or add "
+                                 "--overwrite.")
+    kind = next((kind for kind in KINDS if kind.detect(source)), None)
+    if kind is None:
+        # A file that only looks like one of ours: its own reader says what is wrong with it.
+        if os.path.isfile(source) and source.lower().endswith((".pth", ".pt", ".ckpt")):
+            load_qdiffusion(source, options.bits)
+        raise QuantTuneError(f"The source {source!r} is none that can be converted "
+                             f"({', '.join(kind.name for kind in KINDS)}); choose another.")
+    start_host("cpu")
+    print(kind.convert(source, options))
+    return 0
+
+
+def convert_qdiffusion(path: str, options: Namespace) -> str:
+    """Write a Q-Diffusion checkpoint as a quantized UNet, layer by layer.
+
+    No more of it is in memory at once than a layer.
+    """
+    from .import_qdiffusion import WHAT, describe_qdiffusion, doubt
+
+    _check_suffix(options.out)
+    state = load_qdiffusion(path, options.bits)
+    metadata = describe_qdiffusion(state, path)
+    save_quantized_unet(options.out, state.layers, state.floats, metadata, options.overwrite)
+    split = sum(layer.split is not None for layer in state.layers.values())
+    lines = [f"Q-Diffusion, {state.bits} bits: {len(state.layers)} layers, {split} of them split.",
+             f"Wrote {options.out} ({os.path.getsize(options.out) / 2**20:.1f} MiB, from "
+             f"{os.path.getsize(path) / 2**20:.1f} MiB)."]
+    if metadata.family in WHAT:
+        lines.append(f"It holds {WHAT[metadata.family]}, which ComfyUI has no model for: for use "
+                     "in Python (quanttune.quant.load_quantized_unet).")
+    else:
+        lines.append(f"Family {metadata.family}; 'Load Quantized UNet' reads it from "
+                     "models/quanttune.")
+    if state.doubtful:
+        lines.append(f"Careful: {doubt(state, path)}")
+    return "\n".join(lines)
+
+
+def _check_suffix(out: str) -> None:
+    if not out.endswith(".safetensors"):
+        raise QuantTuneError(f"The target {out!r} does not end in .safetensors; give it such a "
+                             "name.")
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("a checkpoint of Q-Diffusion", is_qdiffusion, convert_qdiffusion),
+)

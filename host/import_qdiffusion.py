@@ -1,0 +1,92 @@
+"""Q-Diffusion's checkpoints as quantized models of the host."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.supported_models
+import torch
+from comfy.utils import ProgressBar
+
+from ..quant import QDiffusionCheckpoint, QuantizedCheckpoint, QuantTuneError, UNetMetadata
+from ..quant import load_qdiffusion as open_checkpoint
+from .describe import describe_config
+
+LDM, DDPM = "LDM", "DDPM"
+"""Families of the authors' files that no ComfyUI has a model for: unconditional ones."""
+WHAT = {LDM: "a latent diffusion model without a text encoder", DDPM: "a DDPM of pixels"}
+
+
+def read_qdiffusion(path: str, bits: int | None = None) -> QuantizedCheckpoint:
+    """The UNet of a Q-Diffusion checkpoint, its integers in memory.
+
+    Args:
+        path: a .pth, .pt or .ckpt file.
+        bits: in place of those that the file's weights tell.
+
+    Raises:
+        QuantTuneError: not such a file, a damaged one, or a model that ComfyUI does not have.
+    """
+    state = open_checkpoint(path, bits)
+    metadata = describe_qdiffusion(state, path)
+    if metadata.family in WHAT:
+        raise QuantTuneError(
+            f"The file {os.path.basename(path)} holds {WHAT[metadata.family]}, which ComfyUI has "
+            "no model for; choose one of Stable Diffusion 1.x, or convert it with 'python -m "
+            "quanttune convert' for use in Python.")
+    if state.doubtful:
+        logging.warning(doubt(state, path))
+    progress = ProgressBar(len(state.layers))
+    layers = {}
+    for name, layer in state.layers.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        layers[name] = layer.weight()
+        progress.update(1)
+    return QuantizedCheckpoint(metadata, layers, state.floats)
+
+
+def describe_qdiffusion(state: QDiffusionCheckpoint, path: str) -> UNetMetadata:
+    """What our own file of such a checkpoint says of it: the family and sizes, from the shapes."""
+    provenance = {"source": os.path.basename(path), "format": "q-diffusion", "bits": state.bits,
+                  "symmetric": False}
+    tensors = {**state.floats, **{f"{name}.weight": torch.empty(layer.shape, device="meta")
+                                  for name, layer in state.layers.items()}}
+    if "input_blocks.0.0.weight" not in tensors:
+        return UNetMetadata(DDPM, provenance=provenance)
+    config = _config(tensors)
+    if config is None:
+        return UNetMetadata(LDM, provenance=provenance)
+    return describe_config(config, tensors, os.path.basename(path), provenance)
+
+
+def doubt(state: QDiffusionCheckpoint, path: str) -> str:
+    """A sentence about layers that look as if they had another bit width than the file."""
+    return (f"{len(state.doubtful)} layers of {os.path.basename(path)} look as if they had another "
+            f"bit width than the others' {state.bits}: {', '.join(state.doubtful[:3])}"
+            f"{' ...' if len(state.doubtful) > 3 else ''}.")
+
+
+def _config(tensors: dict):
+    """The host's configuration of an LDM UNet, or None where it cannot have one."""
+    # The host logs what it does not know; what that means is told where the file is used.
+    logger, level = logging.getLogger(), logging.getLogger().level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        sizes = comfy.model_detection.detect_unet_config(tensors, "")
+        found = comfy.model_detection.model_config_from_unet_config(sizes, tensors)
+    except Exception:  # shapes that the host did not expect
+        return None
+    finally:
+        logger.setLevel(level)
+    if found is not None:
+        return found
+    # An SD1.x of unusual size: known by what sets the family apart.
+    family = comfy.supported_models.SD15
+    own = {k: v for k, v in family.unet_config.items()
+           if k not in ("context_dim", "model_channels")}
+    if sizes.get("context_dim") and all(sizes.get(k) == v for k, v in own.items()):
+        return family(sizes)
+    return None
