@@ -58,7 +58,9 @@ def _quantizer(state: dict[str, Tensor], key: str, weight: Tensor, bits: int) ->
     rest = scaled - scaled.floor()
     state[f"{key}.delta"] = delta.view(column)
     state[f"{key}.zero_point"] = zero_point.view(column)
-    state[f"{key}.alpha"] = -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
+    alpha = torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1).abs_().clamp_(min=1e-6)
+    # In words: 0 and above rounds up. What lies right in the middle goes where `round` puts it.
+    state[f"{key}.alpha"] = torch.where(scaled.round() > scaled.floor(), alpha, -alpha)
 
 
 def write_qdiffusion_starter(path: Path | str, bits: int = 4, folder: Path = FOLDER) -> None:
