@@ -17,10 +17,11 @@ class LoadQuantizedUNet(io.ComfyNode):
             display_name="Load Quantized UNet",
             category="QuantTune/loaders",
             description="Loads a UNet that 'Save Quantized UNet' wrote, one of ComfyUI's own INT8 "
-                        "files, a checkpoint of Q-Diffusion (.pth, .pt, .ckpt), or the integers of a "
-                        "tuneqdm_state.pt in its pipeline's folder. The integers stay packed in "
-                        "memory: a 4-bit SD1.5 UNet takes about 0.4 GB. A model from 'Calibrate "
-                        "INT8' multiplies integers at once; 'Dynamic INT8' after it changes how.",
+                        "files, a checkpoint of Q-Diffusion (.pth, .pt, .ckpt), or the integers "
+                        "of a tuneqdm_state.pt in its pipeline's folder. The integers stay packed "
+                        "in memory: a 4-bit SD1.5 UNet takes about 0.4 GB. A model from "
+                        "'Calibrate INT8' multiplies integers at once; 'Dynamic INT8' after it "
+                        "changes how.",
             search_aliases=["unet loader", "int4", "int8", "tuneqdm_state", "q-diffusion",
                             "import"],
             inputs=[

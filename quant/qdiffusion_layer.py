@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .packing import pack, packed_shape
+from .paging import let_go
 from .safe_file import Later
 from .torch_archive import StoredTensor
 from .weight import QuantizedWeight
@@ -66,6 +67,7 @@ class QDiffusionLayer:
         Raises:
             QuantTuneError: the file was changed, cannot be read, or an alpha is NaN.
         """
+        let_go(8 * self.numel)  # the blocks of the layer before, or of one much like it
         codes = torch.empty(self.shape[0], self.numel // self.shape[0], dtype=torch.uint8)
         for block, weight in self._weight.blocks():
             values = weight.flatten(1)

@@ -1,0 +1,138 @@
+"""`python -m quanttune convert`: what it writes, and the sentences it refuses with."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from quanttune.tests.host import models
+from quanttune.tests.quant.qdiffusion_files import UNET, expected_codes, synthetic
+
+
+@pytest.fixture
+def command(comfy_inprocess, capsys):
+    """Runs the command line; returns its status and what it printed."""
+    from quanttune.__main__ import main
+
+    def run(*words):
+        status = main(["convert", *map(str, words)])
+        told = capsys.readouterr()
+        return status, told.out + told.err
+
+    return run
+
+
+@pytest.fixture
+def starter(comfy_inprocess, tmp_path):
+    from quanttune.starter.qdiffusion_file import write_qdiffusion_starter
+
+    path = tmp_path / "starter.pth"
+    write_qdiffusion_starter(path)
+    return path
+
+
+def test_a_stable_diffusion_file_becomes_one_that_the_node_loads(command, starter, tmp_path):
+    from quanttune.host.build import load_model
+
+    out = tmp_path / "new" / "ours.safetensors"
+    status, told = command(starter, out)
+    assert status == 0, told
+    assert "4 bits: 120 layers, 5 of them split" in told and "Family SD15" in told
+    with torch.inference_mode():
+        own = models.quantized_model(load_model(str(out)))
+        imported = models.quantized_model(load_model(str(starter)))
+    assert own.fingerprint == imported.fingerprint
+    assert own.checkpoint.metadata.provenance["format"] == "q-diffusion"
+    for name, value in imported.checkpoint.floats.items():
+        assert torch.equal(own.checkpoint.floats[name], value), name
+
+
+def test_files_of_models_that_comfyui_does_not_have_are_converted_too(command, tmp_path):
+    from quanttune.quant import load_quantized_unet
+
+    shapes = {"conv_in": ((8, 3, 3, 3), None),
+              "up.1.block.0.nin_shortcut": ((8, 24, 1, 1), 16)}
+    state = synthetic(8, shapes)
+    source, out = tmp_path / "cifar_w8a8_ckpt.pth", tmp_path / "cifar.safetensors"
+    torch.save(state, source)
+    status, told = command(source, out)
+    assert status == 0 and "no model for" in told
+    found = load_quantized_unet(out)
+    assert found.metadata.family == "DDPM"
+    for name, (_, split) in shapes.items():
+        assert found.layers[name].split == split
+        expected = expected_codes(state, name, 8).flatten(1)
+        assert torch.equal(found.layers[name].codes().float(), expected)
+
+
+def test_bits_are_told(command, tmp_path):
+    from quanttune.quant import load_quantized_unet
+
+    source, out = tmp_path / "a.pth", tmp_path / "a.safetensors"
+    state = synthetic(3)
+    for key in state:
+        if key.endswith("delta"):
+            state[key] /= 1.5
+    torch.save(state, source)
+    assert command(source, out, "--bits", "3")[0] == 0
+    assert {w.bits for w in load_quantized_unet(out).layers.values()} == {3}
+    status, told = command(source, out, "--bits", "8", "--overwrite")
+    assert status == 1 and "cannot have 8 bits" in told
+    assert load_quantized_unet(out).layers.keys() == UNET.keys(), "the old file is still whole"
+
+
+def test_layers_of_another_width_are_told(command, tmp_path):
+    source = tmp_path / "mixed.pth"
+    state = synthetic(4)
+    state["model.out.2.weight_quantizer.delta"] /= 40
+    torch.save(state, source)
+    status, told = command(source, tmp_path / "mixed.safetensors")
+    assert status == 0 and "Careful: 1 layers" in told and "out.2" in told
+
+
+def test_targets_are_refused_before_anything_is_read(command, tmp_path):
+    source = tmp_path / "a.pth"
+    torch.save(synthetic(4), source)
+    out = tmp_path / "a.safetensors"
+    out.write_bytes(b"mine")
+    for words, what in (((source, out), "exists already"), ((source, source), "both"),
+                        ((source, tmp_path / "b.pth"), "does not end in .safetensors"),
+                        ((tmp_path / "absent.pth", out), "does not exist")):
+        status, told = command(*words)
+        assert status == 1 and what in told and told.startswith("Error: ")
+        assert told.count("\n") == 1
+    assert out.read_bytes() == b"mine"
+    assert command(source, out, "--overwrite")[0] == 0
+    header = out.read_bytes()
+    length = struct.unpack("<Q", header[:8])[0]
+    assert json.loads(header[8:8 + length])["__metadata__"]["format"] == "pt"
+
+
+def test_sources_of_no_known_kind_are_told(command, tmp_path):
+    out = tmp_path / "a.safetensors"
+    ordinary, text, cut = (tmp_path / name for name in ("v1.ckpt", "a.txt", "cut.pth"))
+    torch.save({"a": torch.ones(2)}, ordinary)
+    text.write_text("hello")
+    torch.save(synthetic(4), cut)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    for source, what in ((ordinary, "not a checkpoint of Q-Diffusion"), (text, "none that can be"),
+                         (cut, "cut short"), (tmp_path, "none that can be")):
+        status, told = command(source, out)
+        assert status == 1 and what in told and told.count("\n") == 1, told
+    assert not out.exists()
+
+
+def test_a_kind_is_a_row(command, tmp_path, monkeypatch):
+    """Others add theirs to the table; the first that knows the source converts it."""
+    from quanttune.host import convert_command
+
+    def converted(path, options):
+        return f"read {path} for {options.out} with {options.bits}"
+
+    row = convert_command.Kind("a text", lambda path: path.endswith(".txt"), converted)
+    monkeypatch.setattr(convert_command, "KINDS", (*convert_command.KINDS, row))
+    source = tmp_path / "a.txt"
+    source.write_text("hello")
+    status, told = command(source, tmp_path / "out", "--bits", "4")
+    assert status == 0 and told == f"read {source} for {tmp_path / 'out'} with 4\n"
