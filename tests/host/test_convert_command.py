@@ -38,7 +38,7 @@ def test_a_stable_diffusion_file_becomes_one_that_the_node_loads(command, starte
     out = tmp_path / "new" / "ours.safetensors"
     status, told = command(starter, out)
     assert status == 0, told
-    assert "4 bits: 120 layers, 5 of them split" in told and "Family SD15" in told
+    assert "4 bits: 120 layers, 6 of them split" in told and "Family SD15" in told
     with torch.inference_mode():
         own = models.quantized_model(load_model(str(out)))
         imported = models.quantized_model(load_model(str(starter)))
