@@ -1,6 +1,6 @@
 """Reading PyTorch's own checkpoints (.pth, .pt, .ckpt) safely, and a few rows at a time.
 
-Such a file is a zip archive: one record with the structure, in the pickle language, and a record
+Such a file is a zip archive: one record with the structure, pickled, and a record
 for the numbers of each storage. The structure is read by torch's restricted reader, which runs no
 code, onto the meta device, so that no number is read. Numbers are then read at the place where the
 archive's directory says they lie.

@@ -79,6 +79,16 @@ def test_bits_are_told_in_place_of_those_of_the_file(checkpoint):
 
 
 @torch.inference_mode()
+def test_the_host_can_load_it_a_second_time(checkpoint):
+    path, _ = checkpoint
+    model = loaded(path, 3)
+    factory, arguments = model.cached_patcher_init[:2]
+    again = factory(*arguments, disable_dynamic=True)
+    own, other = (models.quantized_model(m) for m in (model, again))
+    assert own.fingerprint == other.fingerprint and own.name == other.name
+
+
+@torch.inference_mode()
 def test_saving_keeps_every_integer(checkpoint, host_folders):
     from quanttune.host.build import load_model
     from quanttune.host.save import save_model
