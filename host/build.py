@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 from dataclasses import dataclass, replace
+from functools import partial
 
 import comfy.model_base
 import comfy.model_management
@@ -20,6 +21,7 @@ from .import_qdiffusion import read_qdiffusion
 from .layout import wrap
 from .lora import keep_integers_under_patches
 from .ops import QuantTuneOps
+from .routing import OPTION as ROUTER
 from .routing import route_forwards
 from .stock_int8 import read_stock
 from .tuneqdm import is_tuneqdm, read_tuneqdm
@@ -71,13 +73,15 @@ def load_model(path: str, name: str | None = None, bits: int | None = None,
 
 
 def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,
-                attributes: dict | None = None, disable_dynamic: bool = False):
+                attributes: dict | None = None, disable_dynamic: bool = False,
+                operations=QuantTuneOps):
     """A ModelPatcher over ``checkpoint``.
 
     ``dtypes`` is ``(unet dtype, manual cast dtype or None)``; by default the host chooses as it
     does for its own files. ``attributes`` replace those of the host's model (its sampling, its
-    latent format). Raises QuantTuneError when the family is unknown to this ComfyUI or the
-    tensors do not fit the model.
+    latent format). ``operations`` make the layers; None for the host's own, of a checkpoint of
+    floats alone, whose MODEL then is an ordinary one. Raises QuantTuneError when the family is
+    unknown to this ComfyUI or the tensors do not fit the model.
     """
     metadata = checkpoint.metadata
     load_device = comfy.model_management.get_torch_device()
@@ -85,7 +89,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     config = model_config(checkpoint, name)
     unet_dtype, cast_dtype = dtypes or _choose_dtypes(checkpoint, config, load_device)
     config.set_inference_dtype(unet_dtype, cast_dtype, device=load_device)
-    config.custom_operations = QuantTuneOps
+    config.custom_operations = operations
 
     compute_dtype = cast_dtype or unet_dtype
     state = dict(checkpoint.floats)
@@ -95,8 +99,9 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     model = _construct(config, state, metadata, name)
     predict_as_described(model, config, metadata.model_type)
     _fill(model.diffusion_model, state, name)
-    route_forwards(model.diffusion_model)
-    model.state_dict_for_saving = _refuse_stock_save
+    if operations is not None:
+        route_forwards(model.diffusion_model)
+        model.state_dict_for_saving = _refuse_stock_save
     for attribute, value in (attributes or {}).items():
         # A copy: the host moves each of its models to a device of its own.
         setattr(model, attribute, copy.deepcopy(value))
@@ -106,9 +111,11 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    patcher.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, name))
-    keep_integers_under_patches(patcher)
-    patcher.cached_patcher_init = (build_model, (checkpoint, name, dtypes, attributes))
+    if operations is not None:
+        patcher.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, name))
+        keep_integers_under_patches(patcher)
+    patcher.cached_patcher_init = (partial(build_model, operations=operations),
+                                   (checkpoint, name, dtypes, attributes))
     return patcher
 
 
@@ -123,6 +130,9 @@ def adopt(source, built, disable_dynamic: bool = False):
     # A clone shares these with its source, whose float weights they would write over ours.
     clone.hook_backup, clone.cached_hook_patches = {}, {}
     clone.set_attachments(ATTACHMENT, quantized_model(built))
+    options = clone.model_options["transformer_options"]
+    if ROUTER in options:
+        options[ROUTER] = options[ROUTER].on(built.model)
     for call_type, by_key in built.callbacks.items():
         for key, callbacks in by_key.items():
             clone.remove_callbacks_with_key(call_type, key)

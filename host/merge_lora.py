@@ -16,7 +16,6 @@ from .build import quantized_model
 from .int8 import OPTION as INT8
 from .quantize import PREFIX, model_over
 from .routing import OPTION as ROUTER
-from .routing import ScaleRouter, layer_shapes
 
 AS_IT_IS = 0
 """In place of a bit width: each layer keeps its own."""
@@ -143,7 +142,7 @@ def merge_lora(patcher, bits: int = AS_IT_IS, range: str = "mse"):
         packed = layers.get(layer)
         if packed is None:
             local = key.removeprefix(PREFIX)
-            merged = _patched(patcher, key, floats[local].to(device, torch.float32))
+            merged = patched_weight(patcher, key, floats[local].to(device, torch.float32))
             floats[local] = merged.to("cpu", floats[local].dtype)
             report.floats += 1
         else:
@@ -179,7 +178,7 @@ def _layer(key: str) -> str:
     return key.removeprefix(PREFIX).removesuffix(".weight")
 
 
-def _patched(patcher, key: str, weight: Tensor) -> Tensor:
+def patched_weight(patcher, key: str, weight: Tensor) -> Tensor:
     """A float32 weight with its patches, by the host; may write into ``weight``."""
     shape = weight.shape
     weight = comfy.lora.calculate_weight(patcher.patches[key], weight, key)
@@ -197,7 +196,7 @@ def _merged(patcher, key, packed: QuantizedWeight, spec: QuantSpec,
             report: MergeReport) -> QuantizedWeight | None:
     """The layer with its patches in new integers; None where they change nothing."""
     base = packed.dequantize()
-    exact = _patched(patcher, key, base.clone())
+    exact = patched_weight(patcher, key, base.clone())
     change = exact - base
     if not bool(change.any()):
         report.unchanged += 1
@@ -225,8 +224,5 @@ def _list(numbers: list[int]) -> str:
 def _rebind(result) -> None:
     """Let what the clone took over act on the new model, not on the one it came from."""
     options = result.model_options["transformer_options"]
-    if ROUTER in options:
-        options[ROUTER] = ScaleRouter(result.model, layer_shapes(result.model.diffusion_model),
-                                      options[ROUTER].entries)
     if INT8 in options:
         options[INT8] = replace(options[INT8], ranges=None, model=result.model, scales="")

@@ -168,13 +168,20 @@ def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tupl
         dtypes, disable_dynamic: as in `quantize_model`.
     """
     source = patcher.model
+    own, own_cast = own_attributes(patcher)
+    dtypes = dtypes or (source.get_dtype(), own_cast)
+    built = build_model(checkpoint, name, dtypes, own, disable_dynamic)
+    return adopt(patcher, built, disable_dynamic)
+
+
+def own_attributes(patcher) -> tuple[dict, torch.dtype | None]:
+    """What a MODEL has of its own beside the defaults of its family, and what it casts to."""
+    source = patcher.model
     # The shared model may still carry a clone's object patch from the last sampling.
     own = {name: patcher.object_patches_backup.get(name, getattr(source, name))
            for name in (*ATTRIBUTES, "manual_cast_dtype") if hasattr(source, name)}
     own_cast = own.pop("manual_cast_dtype")
-    dtypes = dtypes or (source.get_dtype(), own_cast)
-    built = build_model(checkpoint, name, dtypes, own, disable_dynamic)
-    return adopt(patcher, built, disable_dynamic)
+    return own, own_cast
 
 
 def quantizable_layers(source) -> dict[str, torch.nn.Module]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
 import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
 from ..quant.int8 import bucket_of
 from . import int8
-from .ops import scaled_layers
+from .around import joined_inputs, layers_around, put_around, set_scales, weight_shape
+from .ops import _ScaledOp, scaled_layers
 from .patches import loaded_patches
 
 OPTION = "quanttune_router"
 """Key in ``transformer_options`` of whatever chooses the scales of a forward (`ScaleRouter`)."""
+AROUND = "quanttune_around_layers"
+"""Where a diffusion model keeps its layers with hooks by name, once scales were applied to it."""
 
 
 class ScaleRouter:
@@ -31,7 +36,13 @@ class ScaleRouter:
     def __init__(self, model, shapes: dict[str, tuple[int, int]],
                  entries: list[tuple[ScaleSet, float]]):
         self.model, self.entries = model, entries
-        self.bank = ScaleBank(shapes, entries)
+        self.bank = ScaleBank(shapes, [(in_parts(s, shapes), strength) for s, strength in entries])
+
+    def on(self, model) -> ScaleRouter:
+        """The same scales for another of the host's models, which took over this one's MODEL."""
+        accept_scales(model.diffusion_model)
+        shapes = shapes_for(model.diffusion_model, [s for s, _ in self.entries])
+        return ScaleRouter(model, shapes, self.entries)
 
     @cached_property
     def digest(self) -> str:
@@ -62,6 +73,10 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
     a clone without scales must clear what a routed clone left behind. Scales are not cleared when
     a forward ends, because a checkpointed training step recomputes layers after that.
     """
+    if diffusion_model.__dict__.get("quanttune_routed"):
+        return
+    diffusion_model.__dict__["quanttune_routed"] = True
+
     def route(module, args, kwargs):
         options = kwargs.get("transformer_options") or {}
         router, mode = options.get(OPTION), options.get(int8.OPTION)
@@ -104,8 +119,23 @@ def _one_each(timesteps: torch.Tensor) -> torch.Tensor:
 
 def apply_scales(diffusion_model: torch.nn.Module, scales: dict[str, LayerScales] | None) -> None:
     """Put each layer's scales in place; layers without any (all of them for None) get none."""
+    own, others = scales or {}, diffusion_model.__dict__.get(AROUND, {})
     for name, module in _layers_of(diffusion_model).items():
-        module.active_scales = scales.get(name) if scales else None
+        pair = own.get(name)
+        module.active_scales = pair if name not in others or _fits(module, pair) else None
+    for name, module in others.items():
+        pair = own.get(name)
+        ours = isinstance(module, _ScaledOp)
+        set_scales(module, None if ours and _fits(module, pair) else pair)
+
+
+def _fits(module, pair: LayerScales | None) -> bool:
+    """Whether one of our layers computes with a pair itself."""
+    return pair is None or pair.r_out.shape[1] == _outputs(module)
+
+
+def _outputs(module) -> int:
+    return module.weight.shape[0] * (2 if module.scale_split() else 1)
 
 
 def _layers_of(diffusion_model):
@@ -115,14 +145,63 @@ def _layers_of(diffusion_model):
     return layers
 
 
+def accept_scales(diffusion_model: torch.nn.Module) -> None:
+    """Make any of the host's diffusion models follow a `ScaleRouter`; safe to call again.
+
+    Layers of ours do so by themselves. The others get hooks (``host.around``), and so do those of
+    ours that join two feature maps without having been quantized in two parts.
+    """
+    route_forwards(diffusion_model)
+    if AROUND in diffusion_model.__dict__:
+        return
+    own = _layers_of(diffusion_model)
+    layers = own or layers_around(diffusion_model)
+    joined = joined_inputs(layers)
+    around = {name: m for name, m in layers.items()
+              if not own or (name in joined and not m.scale_split())}
+    for name, module in around.items():
+        put_around(name, module, joined.get(name))
+    diffusion_model.__dict__[AROUND] = around
+
+
+def _also_when_rebuilt(executor, *args, **kwargs):
+    """Wrapper around the host's ``apply_model``: some nodes build a MODEL's layers anew."""
+    accept_scales(executor.class_obj.diffusion_model)
+    return executor(*args, **kwargs)
+
+
 def layer_shapes(diffusion_model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Layer name to (length of r_out, length of s_in) of every layer that takes scales."""
     shapes = {}
     for name, module in _layers_of(diffusion_model).items():
-        out = module.weight.shape[0]
         inputs = module.weight.shape[1] * getattr(module, "groups", 1)
-        shapes[name] = (out * (2 if module.scale_split() else 1), inputs)
+        shapes[name] = _outputs(module), inputs
+    if not shapes:
+        for name, module in layers_around(diffusion_model).items():
+            outputs, inputs = weight_shape(module)[:2]
+            shapes[name] = outputs, inputs * getattr(module, "groups", 1)
     return shapes
+
+
+def shapes_for(diffusion_model: torch.nn.Module, sets: Iterable[ScaleSet]
+               ) -> dict[str, tuple[int, int]]:
+    """`layer_shapes` with two parts where a set has them, of layers that join two feature maps."""
+    shapes = layer_shapes(diffusion_model)
+    sets = list(sets)
+    for name in joined_inputs(_layers_of(diffusion_model) or layers_around(diffusion_model)):
+        outputs, inputs = shapes[name]
+        if any(name in s.layers and s.layers[name].r_out.shape[1] == 2 * outputs for s in sets):
+            shapes[name] = 2 * outputs, inputs
+    return shapes
+
+
+def in_parts(scale_set: ScaleSet, shapes: dict[str, tuple[int, int]]) -> ScaleSet:
+    """A set whose output scales act on both parts of layers that have two where it has one."""
+    layers = {}
+    for name, pair in scale_set.layers.items():
+        twice = name in shapes and shapes[name][0] == 2 * pair.r_out.shape[1]
+        layers[name] = replace(pair, r_out=pair.r_out.repeat(1, 2)) if twice else pair
+    return replace(scale_set, layers=layers)
 
 
 def timestep_units(model_sampling):
@@ -150,7 +229,10 @@ def timestep_units(model_sampling):
 def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "scale set"):
     """A clone of ``patcher`` routed through ``scale_set``; chained calls blend.
 
-    Returns ``(clone, warnings)``. Raises QuantTuneError when the model cannot take scales, the
+    Any MODEL does whose layers are Linear and Conv2d of any class: on the same weights the result
+    is that of the quantized base, on weights of another precision close to it.
+
+    Returns ``(clone, warnings)``. Raises QuantTuneError when the model has no such layer, the
     shapes differ or the strength is not finite.
     """
     try:
@@ -158,16 +240,20 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
     except QuantTuneError as error:
         raise QuantTuneError(f"'{name}': {error}") from error
     model = patcher.model
-    shapes = layer_shapes(model.diffusion_model)
-    if not shapes:
-        raise QuantTuneError(
-            f"'{name}' needs a quantized model, but this MODEL has no quantized layer; put "
-            "'Quantize UNet' or 'Load Quantized UNet' before 'Apply TuneQDM Scales'.")
-    warnings = _check_fit(shapes, scale_set, patcher, name)
     clone = patcher.clone()
     options = clone.model_options["transformer_options"]
     earlier = options[OPTION].entries if OPTION in options else []
-    options[OPTION] = ScaleRouter(model, shapes, [*earlier, (scale_set, strength)])
+    entries = [*earlier, (scale_set, strength)]
+    shapes = shapes_for(model.diffusion_model, [s for s, _ in entries])
+    if not shapes:
+        raise QuantTuneError(
+            f"'{name}' acts on Linear and Conv2d layers, of which this MODEL has none; load the "
+            "model it was trained on.")
+    warnings = _check_fit(shapes, scale_set, patcher, name)
+    accept_scales(model.diffusion_model)
+    options[OPTION] = ScaleRouter(model, shapes, entries)
+    if not earlier:
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, OPTION, _also_when_rebuilt, options)
     for warning in warnings:
         logging.warning(warning)
     return clone, warnings
@@ -175,17 +261,22 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
 
 def _check_fit(shapes, scale_set, patcher, name) -> list[str]:
     try:
-        check_fits(scale_set, shapes)
+        check_fits(in_parts(scale_set, shapes), shapes)
     except QuantTuneError as error:
         raise QuantTuneError(f"'{name}' does not fit this MODEL: {error}") from error
     warnings = []
     attachment = patcher.get_attachment("quanttune")
     trained_on = scale_set.metadata.base_fingerprint
+    base = scale_set.metadata.base_name or "unnamed"
     if attachment is not None and trained_on and trained_on != attachment.fingerprint:
         warnings.append(
-            f"'{name}' was trained on another base ({scale_set.metadata.base_name or 'unnamed'}, "
+            f"'{name}' was trained on another base ({base}, "
             f"fingerprint {trained_on[:12]}) than this model (fingerprint "
             f"{attachment.fingerprint[:12]}): the result may be off.")
+    if attachment is None and scale_set.metadata.bits:
+        warnings.append(
+            f"'{name}' was trained on a base of {scale_set.metadata.bits} bits ({base}): on these "
+            "weights the result is close to that, not equal.")
     missing = [layer for layer in shapes if layer not in scale_set.layers]
     if missing:
         warnings.append(f"'{name}' has no scales for {len(missing)} of {len(shapes)} layers "

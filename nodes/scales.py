@@ -17,7 +17,7 @@ def _scale_name_input(options, tooltip):
 
 
 class ApplyScales(io.ComfyNode):
-    """Quantized MODEL and a scale set to a MODEL routed by timestep."""
+    """MODEL and a scale set to a MODEL routed by timestep."""
 
     @classmethod
     def define_schema(cls):
@@ -25,13 +25,14 @@ class ApplyScales(io.ComfyNode):
             node_id="QuantTuneApplyScales",
             display_name="Apply TuneQDM Scales",
             category="QuantTune/scales",
-            description="Personalises a quantized model with a scale set of a few MB. At every "
+            description="Personalises a model with a scale set of a few MB. At every "
                         "denoising step the expert for that timestep is used (TuneQDM, eq. 5-6). "
+                        "The model may be quantized, float, fp8, GGUF or of bitsandbytes. "
                         "Chain several to blend subjects.",
             search_aliases=["tuneqdm", "subject", "dreambooth", "experts"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from 'Quantize UNet' or 'Load Quantized "
-                                                "UNet'."),
+                io.Model.Input("model", tooltip="The model the scales were trained on, or the same "
+                                                "one in any other precision."),
                 _scale_name_input([CONNECTED, *folders.scale_files()],
                                   "A file from models/quanttune_scales, or the scales connected "
                                   "below."),

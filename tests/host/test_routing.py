@@ -154,13 +154,6 @@ def test_composes_with_another_wrapper_and_the_function_wrapper():
 
 
 class TestBadInput:
-    def test_not_quantized(self):
-        from quanttune.quant import QuantTuneError
-
-        quantized, _ = quantize(models.small_model())
-        with pytest.raises(QuantTuneError, match="Quantize UNet"):
-            apply(models.small_model(), models.random_scales(quantized))
-
     @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
     def test_strength(self, strength):
         from quanttune.quant import QuantTuneError
