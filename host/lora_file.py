@@ -204,7 +204,7 @@ def save_lora(path: str | os.PathLike[str], lora: Mapping[str, Tensor],
     """
     path = Path(path)
     check_tensors(lora, getattr(lora, "name", "the LoRA"))
-    tensors = {key: _as(value, dtype, key) for key, value in lora.items()}
+    tensors = {key: as_dtype(value, dtype, key) for key, value in lora.items()}
     texts, own = on_saving(getattr(lora, "metadata", {}), tensors, path)
     write_safetensors(path, tensors, own, strings=texts)
     return path
@@ -228,7 +228,12 @@ def save_to_output(lora: Mapping[str, Tensor], prefix: str, dtype: str) -> tuple
                        f"in {dtype}")
 
 
-def _as(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
+    """A tensor on the CPU in ``dtype``; single numbers and integers stay as they are.
+
+    Raises:
+        QuantTuneError: values too large for it; ``key`` names them.
+    """
     tensor = tensor.detach().cpu()
     if dtype is None or not tensor.is_floating_point() or tensor.numel() == 1:
         return tensor

@@ -83,7 +83,7 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
         raise QuantTuneError(
             "This MODEL has no quantized Linear layer, and ComfyUI runs no other in INT8; quantize "
             "it without keeping those in float.")
-    _mark_prediction(patcher.model, tensors)
+    mark_prediction(patcher.model, tensors)
     path = output_path(prefix)
     write_safetensors(path, tensors, {"format": "comfyui.int8_tensorwise", "source": model.name})
     lines = [_summary(path), f"{counts['linear']} Linear layers in INT8, {counts['float']} "
@@ -101,7 +101,7 @@ def _half(value: torch.Tensor) -> torch.Tensor:
     return half if bool(half.isfinite().all()) else value.to(torch.bfloat16)
 
 
-def _mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:
+def mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:
     """Add the empty tensors by which ComfyUI's loader knows what a model predicts.
 
     Raises QuantTuneError where no mark makes it the same as in ``model``.

@@ -9,6 +9,7 @@ from .calibrate import CalibrateInt8
 from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
 from .diffusers_unet import LoadDiffusersUNet
+from .export import ExportUNet
 from .int8 import DynamicInt8
 from .layer_times import LayerTimesNode
 from .lora import LoadLora, MergeLora, SaveLora
@@ -40,4 +41,4 @@ class QuantTuneExtension(ComfyExtension):
                 LoraTrain, LoadLora, SaveLora, MergeLora, AugmentImages, WeightChangeMap,
                 DynamicInt8, SaveForStock, CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode,
                 BenchmarkModel, CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront,
-                LayerTimesNode, SaveReport, LoadUpscaler, Upscale4x, LoadDiffusersUNet]
+                LayerTimesNode, SaveReport, LoadUpscaler, Upscale4x, LoadDiffusersUNet, ExportUNet]

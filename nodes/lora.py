@@ -4,7 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..host import folders
 from ..host.apply_lora import apply_lora
-from ..host.lora_file import DTYPES, read_lora, save_to_output
+from ..host.lora_export import FORMATS, KOHYA, save_in_format
+from ..host.lora_file import DTYPES, read_lora
 from ..host.merge_lora import merge_lora, notes
 from ..quant import SUPPORTED_BITS, QuantTuneError
 from .types import LORA_MODEL
@@ -87,8 +88,9 @@ class SaveLora(io.ComfyNode):
             display_name="Save LoRA",
             category="QuantTune/lora",
             description="Writes a LoRA to a safetensors file that ComfyUI's own 'Load LoRA' and "
-                        "kohya-style tools read, with the metadata that they show.",
-            search_aliases=["export lora", "kohya"],
+                        "kohya-style tools read, with the metadata that they show; or to a folder "
+                        "that diffusers or peft load.",
+            search_aliases=["export lora", "kohya", "diffusers", "peft"],
             is_output_node=True,
             inputs=[
                 LORA_MODEL.Input("lora", tooltip="From 'LoRA Train', 'Load LoRA (quantized)', or "
@@ -99,14 +101,26 @@ class SaveLora(io.ComfyNode):
                 io.Combo.Input("dtype", options=list(DTYPES), default="float16",
                                tooltip="float16 is half the size and hardly different; float32 "
                                        "keeps every bit, for training on."),
+                io.Combo.Input("format", options=list(FORMATS), default=KOHYA, optional=True,
+                               tooltip="One file for ComfyUI and kohya's tools; or a folder with "
+                                       "pytorch_lora_weights.safetensors for diffusers, or with "
+                                       "adapter_model.safetensors and adapter_config.json for "
+                                       "peft."),
+                io.Model.Input("model", optional=True,
+                               tooltip="The model that the LoRA is for; diffusers and peft know "
+                                       "layers by their names in it."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="The text encoder, for LoRAs that change it too, in the "
+                                      "formats of diffusers and peft."),
             ],
             outputs=[io.String.Output("path", display_name="path",
                                       tooltip="Where the file was written.")],
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix, dtype) -> io.NodeOutput:
-        path, summary = save_to_output(lora, filename_prefix, dtype)
+    def execute(cls, lora, filename_prefix, dtype, format=KOHYA, model=None,
+                clip=None) -> io.NodeOutput:
+        path, summary = save_in_format(lora, format, filename_prefix, dtype, model, clip)
         return io.NodeOutput(path, ui=ui.PreviewText(summary))
 
 

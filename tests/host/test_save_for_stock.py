@@ -79,7 +79,7 @@ def test_what_a_model_predicts_is_marked_or_refused(comfy_inprocess, host_folder
     import comfy.model_detection
     import comfy.supported_models
 
-    from quanttune.host.save import STOCK_PREFIX, _mark_prediction
+    from quanttune.host.save import STOCK_PREFIX, mark_prediction
     from quanttune.quant import QuantTuneError
 
     model = models.small_model("SDXL").model
@@ -87,14 +87,14 @@ def test_what_a_model_predicts_is_marked_or_refused(comfy_inprocess, host_folder
                         lambda weights, prefix: comfy.supported_models.SDXL(
                             dict(model.model_config.unet_config)))
     tensors = {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)}
-    _mark_prediction(model, tensors)
+    mark_prediction(model, tensors)
     assert len(tensors) == 1, "what it takes for granted needs no mark"
     model.model_type = comfy.model_base.ModelType.V_PREDICTION
-    _mark_prediction(model, tensors)
+    mark_prediction(model, tensors)
     assert set(tensors) == {f"{STOCK_PREFIX}{name}" for name in ("out.2.bias", "v_pred")}
     model.model_type = comfy.model_base.ModelType.EDM
     with pytest.raises(QuantTuneError, match="EDM.*use 'Save Quantized UNet'"):
-        _mark_prediction(model, {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)})
+        mark_prediction(model, {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)})
 
 
 def test_what_float16_cannot_hold_is_written_in_bfloat16():
