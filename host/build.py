@@ -13,9 +13,15 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ..quant import QuantizedCheckpoint, QuantTuneError, load_quantized_unet
+from ..quant import (
+    QuantizedCheckpoint,
+    QuantizedWeight,
+    QuantTuneError,
+    load_quantized_unet,
+)
 from ..quant import fingerprint as fingerprint_of
 from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
+from .bnb_file import is_bnb_file, read_bnb
 from .describe import model_config
 from .import_qdiffusion import read_qdiffusion
 from .layout import wrap
@@ -57,14 +63,16 @@ def quantized_model(patcher) -> QuantizedModel | None:
 
 def load_model(path: str, name: str | None = None, bits: int | None = None,
                disable_dynamic: bool = False):
-    """Load a quantized UNet file as a MODEL: ours, ComfyUI's own INT8, Q-Diffusion's, or a
-    ``tuneqdm_state.pt``.
+    """Load a quantized UNet file as a MODEL: ours, ComfyUI's own INT8, of bitsandbytes, of
+    Q-Diffusion, or a ``tuneqdm_state.pt``.
 
     The integers of our files stay mapped to the file until used. ``bits`` is for those of
     Q-Diffusion, which do not say how many they have.
     """
     if path.lower().endswith(CHECKPOINTS):
         checkpoint = read_tuneqdm(path)[0] if is_tuneqdm(path) else read_qdiffusion(path, bits)
+    elif is_bnb_file(path):
+        checkpoint = read_bnb(path)
     else:
         checkpoint = read_stock(path) or load_quantized_unet(path)
     patcher = build_model(checkpoint, name or path, disable_dynamic=disable_dynamic)
@@ -94,7 +102,9 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     compute_dtype = cast_dtype or unet_dtype
     state = dict(checkpoint.floats)
     for layer, weight in checkpoint.layers.items():
-        state[f"{layer}.weight"] = wrap(weight, compute_dtype)
+        state[f"{layer}.weight"] = (wrap(weight, compute_dtype)
+                                    if isinstance(weight, QuantizedWeight)
+                                    else weight.wrap(compute_dtype))
     _check_shapes(_construct(config, state, metadata, name, "meta"), state, name)
     model = _construct(config, state, metadata, name)
     predict_as_described(model, config, metadata.model_type)
@@ -112,7 +122,9 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     if operations is not None:
-        patcher.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, name))
+        # The layers of another library are not ours to save or to multiply.
+        if all(isinstance(w, QuantizedWeight) for w in checkpoint.layers.values()):
+            patcher.set_attachments(ATTACHMENT, QuantizedModel(checkpoint, name))
         keep_integers_under_patches(patcher)
     patcher.cached_patcher_init = (partial(build_model, operations=operations),
                                    (checkpoint, name, dtypes, attributes))
@@ -173,7 +185,7 @@ def _choose_dtypes(checkpoint, config, load_device):
 def _refuse_stock_save(*args, **kwargs):
     """Stand-in for the host's own saving, which would write integers under the names of floats."""
     raise QuantTuneError("This node writes float weights only; use 'Save Quantized UNet' for a "
-                         "quantized model.")
+                         "quantized model, or 'Export Float UNet' for its weights as floats.")
 
 
 def _construct(config, state, metadata, name, device=None):

@@ -139,9 +139,10 @@ def load_ready(path: str, name: str, bits: int | None = None):
     ``bits``: as in `build.load_model`.
     """
     patcher = load_model(path, name, bits)
-    checkpoint = quantized_model(patcher).checkpoint
-    if checkpoint.ranges is None:
+    own = quantized_model(patcher)
+    if own is None or own.checkpoint.ranges is None:
         return patcher
+    checkpoint = own.checkpoint
     # As it was calibrated: with other layers or another precision it would be another model.
     facts = checkpoint.metadata.calibration
     layers, precision = facts.get("layers", ALL), facts.get("precision", "auto")

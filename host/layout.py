@@ -90,6 +90,11 @@ def is_uniform(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
 
 
+def is_packed(tensor) -> bool:
+    """Whether a weight is held in less than floats: in this layout or another one."""
+    return isinstance(tensor, QuantizedTensor)
+
+
 def unwrap(tensor: QuantizedTensor, low_rank: LowRank | None = None) -> QuantizedWeight:
     """The packed weight inside a host tensor of this layout, which shares its memory.
 

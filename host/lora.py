@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter
 
 from ..quant import LowRank, QuantTuneError
-from .layout import is_uniform
+from .layout import is_packed
 from .ops import scaled_layers
 from .patches import note_patches
 
@@ -50,7 +50,7 @@ def hold_patches(patcher, dora: bool = False) -> None:
     Raises QuantTuneError for patches that packed integers cannot hold.
     """
     packed = [name for name, module in scaled_layers(patcher.model).items()
-              if f"{name}.weight" in patcher.patches and is_uniform(module.weight)]
+              if f"{name}.weight" in patcher.patches and is_packed(module.weight)]
     if packed and dora:
         raise QuantTuneError("DoRA cannot be trained on a quantized MODEL that carries a LoRA; "
                              "train it on the model from before the LoRA, or set dora to false.")
@@ -95,7 +95,7 @@ def _unbake(patcher, device_to, *_):
         key = f"{name}.weight"
         baked = key in patcher.backup
         original = patcher.backup[key].weight if baked else module.weight
-        if not is_uniform(original):
+        if not is_packed(original):
             continue
         if baked:
             comfy.utils.set_attr_param(patcher.model, key, original.to(device=device_to))

@@ -21,6 +21,8 @@ from ..training.lora_config import LoraTraining
 from ..training.lora_layer import LoraLayer
 from ..training.lora_trainer import LoraResult, LoraTrainer
 from ..training.nf4 import nf4_layers
+from .bnb import LABELS
+from .bnb_quantize import bnb_kind
 from .build import quantized_model
 from .identity import identity_of
 from .lora import hold_patches
@@ -30,7 +32,12 @@ from .ops import scaled_layers
 from .quantize import PREFIX
 from .run import PictureWatcher, Validation, replaced, run_folder, stopped
 from .text_training import HostReader, text_copy
-from .training import HostDenoiser, float_training_copy, training_copy
+from .training import (
+    HostDenoiser,
+    float_training_copy,
+    packed_training_copy,
+    training_copy,
+)
 
 MODEL, TEXT = "diffusion_model", "text_encoder"
 """Names of the two modules that may learn."""
@@ -109,8 +116,8 @@ def pupil(patcher, config: LoraTraining, base: str = AS_IT_IS, clip=None,
     """
     if base not in BASES:
         raise QuantTuneError(f"The base is {base!r}, but it has to be one of {', '.join(BASES)}.")
-    own, with_nf4 = quantized_model(patcher), base == NF4
-    if own is not None and with_nf4:
+    own, with_nf4, kind = quantized_model(patcher), base == NF4, bnb_kind(patcher)
+    if (own is not None or kind) and with_nf4:
         raise QuantTuneError("This MODEL is quantized already, which NF4 cannot be made from; "
                              f"connect the float model, or set the base to '{AS_IT_IS}'.")
     if config.train_text_encoder and clip is None:
@@ -122,6 +129,10 @@ def pupil(patcher, config: LoraTraining, base: str = AS_IT_IS, clip=None,
             denoiser = stack.enter_context(training_copy(patcher, config.precision))
             widths = [w.bits for w in own.checkpoint.layers.values()]
             bits = f"{max(set(widths), key=widths.count)}-bit weights"
+        elif kind:
+            denoiser = stack.enter_context(packed_training_copy(
+                patcher, identity_of(patcher), config.precision))
+            bits = f"{LABELS[kind]} weights of bitsandbytes"
         else:
             denoiser = stack.enter_context(float_training_copy(
                 patcher, identity_of(patcher) + ("nf4" if with_nf4 else ""), config.precision))

@@ -12,7 +12,7 @@ import comfy.ops
 import torch
 
 from ..quant import QuantTuneError, functional
-from .layout import QuantizedTensor, is_uniform, unwrap
+from .layout import QuantizedTensor, is_packed, is_uniform, unwrap
 
 
 class _ScaledOp:
@@ -80,6 +80,8 @@ class _ScaledOp:
         if is_uniform(self.weight):
             destination[prefix + "weight_scale"] = self.weight_scale
             destination[prefix + "weight_zero_point"] = self.weight_zero_point
+        elif is_packed(self.weight):
+            destination[prefix + "weight_scale"] = self.weight_scale
         return destination
 
     def _apply(self, fn, recurse=True):
@@ -109,14 +111,14 @@ class _ScaledOp:
         how the host applies hooks (patches scheduled over the steps), which swap weights in
         mid-sampling.
         """
-        if inplace_update and is_uniform(self.weight):
+        if inplace_update and is_packed(self.weight):
             raise QuantTuneError(
                 "A LoRA scheduled by hooks cannot act on quantized layers; use 'Load LoRA' or a "
                 "float model instead.")
         weight = weight.to(self.weight.dtype)
         if return_weight:
             return weight
-        if is_uniform(self.weight):
+        if is_packed(self.weight):
             return None
         if inplace_update:
             self.weight.data.copy_(weight)
@@ -136,8 +138,12 @@ class _ScaledOp:
             offloadable=True, compute_dtype=input.dtype)
         if is_uniform(weight):
             output = self._packed_forward(input, unwrap(weight, self.low_rank), bias)
+        elif is_packed(weight) and torch.is_grad_enabled() and input.requires_grad:
+            output = self._trained_forward(input, weight, bias)
         else:
-            if self.low_rank is not None:  # something else asked for a float weight
+            if is_packed(weight):  # in the layout of another library
+                weight = weight.dequantize()
+            if self.low_rank is not None:  # or something else asked for a float weight
                 weight = self.low_rank.added_to(weight)
             output = self._float_forward(input, weight.to(input.dtype), bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, offloaded)
@@ -160,6 +166,11 @@ class QuantTuneOps(comfy.ops.manual_cast):
 
         def _packed_forward(self, input, weight, bias):
             return functional.linear(input, weight, bias, self.active_scales)
+
+        def _trained_forward(self, input, weight, bias):
+            return functional.apply_scales(
+                input, lambda x, w, b: DequantizedProduct.apply(x, w, b, self.low_rank),
+                functional.LINEAR_CHANNELS, weight, bias, self.active_scales)
 
         def _float_forward(self, input, weight, bias):
             return functional.scaled_linear(input, weight, bias, self.active_scales,
@@ -199,6 +210,28 @@ class QuantTuneOps(comfy.ops.manual_cast):
                 input = self._laid_out(input)
             return functional.scaled_conv2d(input, weight, bias, *self._conv_args(),
                                             scales=self.active_scales, split=self.scale_split())
+
+
+class DequantizedProduct(torch.autograd.Function):
+    """A Linear over a frozen packed weight, which is dequantized again for the gradient of the
+    input in place of being kept: ``apply(x, weight, bias, low_rank)``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, low_rank):
+        """``x @ (weight + low_rank).T + bias``; ``weight`` is a `QuantizedTensor`."""
+        ctx.weight, ctx.low_rank = weight, low_rank
+        return torch.nn.functional.linear(x, _floats(weight, low_rank, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The gradient of ``x`` alone."""
+        weight = _floats(ctx.weight, ctx.low_rank, gradient.dtype)
+        return gradient @ weight, None, None, None
+
+
+def _floats(weight, low_rank, dtype):
+    weight = weight.dequantize()
+    return (weight if low_rank is None else low_rank.added_to(weight)).to(dtype)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 LOADED = "quanttune_patches"
 """Where a diffusion model keeps what `note_patches` found, until it is unloaded."""
@@ -76,6 +77,8 @@ def _injected(injection) -> bytes:
 
 def content(value) -> bytes:
     """Of a tensor its shape and `SAMPLES` of its values; of an adapter what it holds."""
+    if isinstance(value, QuantizedTensor):
+        return content([value._qdata, value._params.scale])
     if isinstance(value, torch.Tensor):
         flat = value.detach().flatten()
         flat = flat[:: max(1, flat.numel() // SAMPLES)]

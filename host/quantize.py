@@ -25,6 +25,7 @@ from .describe import describe
 from .ops import QuantTuneOps, scaled_layers
 
 PREFIX = "diffusion_model."
+SCALES = (".weight_scale", ".weight_zero_point")
 ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 """What a MODEL may have of its own beside the defaults of its family."""
 
@@ -149,12 +150,14 @@ def refuse_bypass_lora(patcher, instead: str) -> None:
 def originals(patcher) -> dict:
     """The host's weights of the diffusion model by key, each with how to bring it to float."""
     try:
-        return patcher.get_key_patches(PREFIX)
+        found = patcher.get_key_patches(PREFIX)
     except AttributeError as error:
         raise QuantTuneError(
             "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
             "load the fp16 or bf16 file of the same model instead, or an int8 file with 'Load "
             "Quantized UNet'.") from error
+    # Of packed layers their scales are listed, too, since they take memory.
+    return {key: entry for key, entry in found.items() if not key.endswith(SCALES)}
 
 
 def model_over(patcher, checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None = None,

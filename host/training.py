@@ -248,6 +248,16 @@ def float_training_copy(patcher, fingerprint: str, precision: str = "auto"
 
 
 @contextmanager
+def packed_training_copy(patcher, fingerprint: str, precision: str = "auto"
+                         ) -> Iterator[HostDenoiser]:
+    """`training_copy` of a MODEL whose weights another library packed (bitsandbytes): the copy
+    shares them. ``fingerprint`` is what runs know the MODEL by."""
+    refuse_bypass_lora(patcher, INSTEAD)
+    with _loaded_copy(patcher, fingerprint, precision) as denoiser:
+        yield denoiser
+
+
+@contextmanager
 def _loaded_copy(patcher, fingerprint: str, precision: str) -> Iterator[HostDenoiser]:
     with torch.inference_mode(False), torch.enable_grad():
         HostDenoiser(patcher, fingerprint)  # says what is wrong before anything is built

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..host.folders import register_folders
 from .augment import AugmentImages
 from .benchmark import BenchmarkModel
+from .bnb import BitsandbytesQuantize
 from .calibrate import CalibrateInt8
 from .check import CheckQuantizedModel
 from .checkpoint import LoadQuantizedUNet, SaveForStock, SaveQuantizedUNet
@@ -41,4 +42,5 @@ class QuantTuneExtension(ComfyExtension):
                 LoraTrain, LoadLora, SaveLora, MergeLora, AugmentImages, WeightChangeMap,
                 DynamicInt8, SaveForStock, CalibrateInt8, TrainQat, LayerSensitivity, BitPlanNode,
                 BenchmarkModel, CheckQuantizedModel, CompareImages, ImageSetQuality, ParetoFront,
-                LayerTimesNode, SaveReport, LoadUpscaler, Upscale4x, LoadDiffusersUNet, ExportUNet]
+                LayerTimesNode, SaveReport, LoadUpscaler, Upscale4x, LoadDiffusersUNet, ExportUNet,
+                BitsandbytesQuantize]

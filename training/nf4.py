@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..quant import QuantTuneError
+from .bitsandbytes_library import bitsandbytes
 
 
 @contextmanager
@@ -28,16 +29,11 @@ def nf4_layers(module: nn.Module, dtype: torch.dtype, device: torch.device) -> I
     Raises:
         QuantTuneError: bitsandbytes is missing, or cannot quantize on this device.
     """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise QuantTuneError(f"An NF4 base needs bitsandbytes, which cannot be loaded here ({error}"
-                             "); install it, or put 'Quantize UNet' before the training instead."
-                             ) from error
+    library = bitsandbytes("An NF4 base", "put 'Quantize UNet' before the training")
     originals = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     try:
         for name, original in originals.items():
-            _replace(module, name, _quantized(bitsandbytes, original, dtype, device))
+            _replace(module, name, _quantized(library, original, dtype, device))
         # peft asks the model, not the layer.
         module.is_loaded_in_4bit = True
         yield len(originals)
