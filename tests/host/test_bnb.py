@@ -168,7 +168,8 @@ def test_it_is_benchmarked_beside_others():
     from quanttune.tests.host.test_benchmark import measure
 
     source = models.small_model()
-    found = measure([("float", source), ("nf4", made(source)[0]), ("int8", made(source, "int8")[0])])
+    found = measure([("float", source), ("nf4", made(source)[0]),
+                     ("int8", made(source, "int8")[0])])
     sizes = [cost.weight_bytes for cost in found.costs]
     assert sizes[0] > sizes[2] > sizes[1] > 0
 
