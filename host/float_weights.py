@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..quant import LayerScales, QuantTuneError, ScaleBank
+from ..quant import LayerScales, QuantTuneError
 from ..quant.diagonal import scaled_weight
 from .around import is_layer, joined_inputs, weight_shape
 from .layout import QuantizedTensor, is_uniform, unwrap
 from .merge_lora import patched_weight
 from .quantize import PREFIX
 from .routing import OPTION as ROUTER
-from .routing import in_parts, shapes_for
+from .routing import bank_for, shapes_for
 
 UNSTORED = ("input_scale", "pre_quant_scale")
 """Parameters of the host's own quantized layers that are no weights: how activations are
@@ -99,7 +99,7 @@ def scales_of(patcher, interval: int = 0) -> dict[str, LayerScales]:
         raise QuantTuneError(f"The interval is {interval}, but the scales on this MODEL have "
                              f"{count}; choose one of 1 to {count}.")
     shapes = shapes_for(patcher.model.diffusion_model, [s for s, _ in entries])
-    bank = ScaleBank(shapes, [(in_parts(s, shapes), strength) for s, strength in entries])
+    bank = bank_for(patcher.model.diffusion_model, shapes, entries)
     return bank.resolve(torch.tensor([(max(interval, 1) - 0.5) / count]), 1.0)
 
 

@@ -36,7 +36,7 @@ class ScaleRouter:
     def __init__(self, model, shapes: dict[str, tuple[int, int]],
                  entries: list[tuple[ScaleSet, float]]):
         self.model, self.entries = model, entries
-        self.bank = ScaleBank(shapes, [(in_parts(s, shapes), strength) for s, strength in entries])
+        self.bank = bank_for(model.diffusion_model, shapes, entries)
 
     def on(self, model) -> ScaleRouter:
         """The same scales for another of the host's models, which took over this one's MODEL."""
@@ -188,19 +188,33 @@ def shapes_for(diffusion_model: torch.nn.Module, sets: Iterable[ScaleSet]
     """`layer_shapes` with two parts where a set has them, of layers that join two feature maps."""
     shapes = layer_shapes(diffusion_model)
     sets = list(sets)
-    for name in joined_inputs(_layers_of(diffusion_model) or layers_around(diffusion_model)):
+    for name in _joined(diffusion_model):
         outputs, inputs = shapes[name]
         if any(name in s.layers and s.layers[name].r_out.shape[1] == 2 * outputs for s in sets):
             shapes[name] = 2 * outputs, inputs
     return shapes
 
 
-def in_parts(scale_set: ScaleSet, shapes: dict[str, tuple[int, int]]) -> ScaleSet:
-    """A set whose output scales act on both parts of layers that have two where it has one."""
-    layers = {}
-    for name, pair in scale_set.layers.items():
-        twice = name in shapes and shapes[name][0] == 2 * pair.r_out.shape[1]
-        layers[name] = replace(pair, r_out=pair.r_out.repeat(1, 2)) if twice else pair
+def bank_for(diffusion_model: torch.nn.Module, shapes: dict[str, tuple[int, int]],
+             entries: Iterable[tuple[ScaleSet, float]]) -> ScaleBank:
+    """The scales of sets and strengths for a model's layers; ``shapes`` as from `shapes_for`."""
+    return ScaleBank(shapes, [(_in_parts(s, shapes, diffusion_model), strength)
+                              for s, strength in entries])
+
+
+def _joined(diffusion_model: torch.nn.Module) -> dict[str, int]:
+    own = _layers_of(diffusion_model)
+    return joined_inputs(own or layers_around(diffusion_model)) | {
+        name: m.scale_split() for name, m in own.items() if m.scale_split()}
+
+
+def _in_parts(scale_set: ScaleSet, shapes: dict[str, tuple[int, int]],
+              diffusion_model: torch.nn.Module) -> ScaleSet:
+    """A set whose output scales act on both parts of shortcuts that have two where it has one."""
+    layers = dict(scale_set.layers)
+    for name in _joined(diffusion_model).keys() & layers.keys():
+        if shapes[name][0] == 2 * layers[name].r_out.shape[1]:
+            layers[name] = replace(layers[name], r_out=layers[name].r_out.repeat(1, 2))
     return replace(scale_set, layers=layers)
 
 
@@ -261,7 +275,7 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
 
 def _check_fit(shapes, scale_set, patcher, name) -> list[str]:
     try:
-        check_fits(in_parts(scale_set, shapes), shapes)
+        check_fits(_in_parts(scale_set, shapes, patcher.model.diffusion_model), shapes)
     except QuantTuneError as error:
         raise QuantTuneError(f"'{name}' does not fit this MODEL: {error}") from error
     warnings = []

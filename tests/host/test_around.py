@@ -251,6 +251,19 @@ class TestBadInput:
         with pytest.raises(QuantTuneError, match=r"'subject.safetensors' does not fit.*base"):
             apply(models.small_model("SD15"), models.random_scales(large))
 
+    def test_half_the_channels_are_no_part_of_a_layer_of_one(self):
+        from dataclasses import replace
+
+        from quanttune.quant import QuantTuneError
+
+        quantized, floats = twins()
+        scales = models.random_scales(quantized)
+        pair = scales.layers["out.2"]
+        layers = {**scales.layers, "out.2": replace(pair, r_out=pair.r_out[:, ::2].contiguous())}
+        for model in (floats, quantized):
+            with pytest.raises(QuantTuneError, match=r"2 output scales for layer out\.2.*needs 4"):
+                apply(model, replace(scales, layers=layers))
+
     def test_notes(self):
         from quanttune.host.routing import apply_scale_set
         from quanttune.quant import ScaleSet
