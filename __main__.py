@@ -45,14 +45,30 @@ def _add_report(commands) -> None:
 def _add_convert(commands) -> None:
     """The options of ``convert``, which all kinds of sources share."""
     convert = commands.add_parser(
-        "convert", help="write a model that others quantized as a file of ours",
-        description="Reads a checkpoint of Q-Diffusion (.pth, .pt, .ckpt) and writes a quantized "
-                    "UNet for 'Load Quantized UNet', its integers as they are. See "
+        "convert", help="write a model of another program as a file of ours, or the reverse",
+        description="Reads a checkpoint of Q-Diffusion, a tuneqdm_state.pt, or a float UNet "
+                    "(diffusers folder or single file), and writes a quantized UNet for 'Load "
+                    "Quantized UNet'. A quantized UNet of ours becomes a tuneqdm_state.pt. See "
                     "docs/interop.md.")
-    convert.add_argument("source", metavar="SOURCE", help="the file to read")
-    convert.add_argument("out", metavar="OUT", help="the .safetensors file to write")
+    convert.add_argument("source", metavar="SOURCE", help="the file or folder to read")
+    convert.add_argument("out", metavar="OUT",
+                         help="the .safetensors file to write; .pt for a TuneQDM state")
     convert.add_argument("--bits", type=int, choices=(8, 4, 3, 2),
-                         help="where the weights of a Q-Diffusion checkpoint mislead")
+                         help="of a float UNet (4); where those of a Q-Diffusion checkpoint are "
+                              "taken for others")
+    convert.add_argument("--range", choices=("mse", "minmax"),
+                         help="of a float UNet: how ranges are found (mse)")
+    convert.add_argument("--symmetric", action="store_true", help="of a float UNet: no zero point")
+    convert.add_argument("--keep", metavar="LAYERS",
+                         help="of a float UNet: layers to keep in float, as in Quantize UNet "
+                              "(none)")
+    convert.add_argument("--no-split-shortcuts", dest="split_shortcuts", action="store_false",
+                         help="of a float UNet: one range for both halves of a shortcut")
+    convert.add_argument("--scales", metavar="FILE",
+                         help="of a TuneQDM state: the scale file to write beside OUT, or, for one "
+                              "that is written, to put into it")
+    convert.add_argument("--base", metavar="SOURCE",
+                         help="of a TuneQDM state: the float UNet that was trained")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
 
 

@@ -1,4 +1,4 @@
-"""``python -m quanttune convert``: models that others quantized, as files of our own.
+"""``python -m quanttune convert``: models of other programs as files of our own, and back.
 
 One row of `KINDS` for each kind of source: how to know it, and a function that writes the result
 and says what it wrote.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..quant import QuantTuneError, is_qdiffusion, load_qdiffusion, save_quantized_unet
+from ..quant.safe_file import METADATA_KEY, read_header
 from .command import start_host
 
 
@@ -23,7 +24,8 @@ class Kind:
         name: in messages.
         detect: whether the file or folder at a path is of this kind; never raises.
         convert: ``(path, options) -> str``: writes ``options.out`` and says what it wrote. The
-            options are those of the command line: ``source``, ``out``, ``bits``, ``overwrite``.
+            options are those of the command line: ``source``, ``out``, ``bits``, ``range``,
+            ``symmetric``, ``keep``, ``split_shortcuts``, ``scales``, ``base``, ``overwrite``.
     """
 
     name: str
@@ -48,6 +50,7 @@ def convert(options: Namespace) -> int:
         if not options.overwrite:
             raise QuantTuneError(f"The file {out!r} exists already; choose another name or add "
                                  "--overwrite.")
+    start_host("cpu")
     kind = next((kind for kind in KINDS if kind.detect(source)), None)
     if kind is None:
         # A file that only looks like one of ours: its own reader says what is wrong with it.
@@ -55,7 +58,6 @@ def convert(options: Namespace) -> int:
             load_qdiffusion(source, options.bits)
         raise QuantTuneError(f"The source {source!r} is none that can be converted "
                              f"({', '.join(kind.name for kind in KINDS)}); choose another.")
-    start_host("cpu")
     print(kind.convert(source, options))
     return 0
 
@@ -92,6 +94,49 @@ def _check_suffix(out: str) -> None:
                              "name.")
 
 
+def is_ours(path: str) -> bool:
+    """Whether a file is one of *Save Quantized UNet*."""
+    try:
+        return path.endswith(".safetensors") and METADATA_KEY in read_header(path)[0]
+    except QuantTuneError:
+        return False
+
+
+def export_ours(path: str, options: Namespace) -> str:
+    """Write a quantized UNet of ours, and ``options.scales``, as TuneQDM's authors do."""
+    from .tuneqdm import export_tuneqdm
+
+    return export_tuneqdm(path, options.out, options.scales, options.overwrite)
+
+
+def _tuneqdm(path: str) -> bool:
+    from .convert_tuneqdm import detect
+
+    return detect(path)
+
+
+def _convert_tuneqdm(path: str, options: Namespace) -> str:
+    from .convert_tuneqdm import convert as convert_one
+
+    return convert_one(path, options)
+
+
+def _unet(path: str) -> bool:
+    from .convert_unet import detect
+
+    return detect(path)
+
+
+def _convert_unet(path: str, options: Namespace) -> str:
+    from .convert_unet import convert as convert_one
+
+    return convert_one(path, options)
+
+
 KINDS: tuple[Kind, ...] = (
     Kind("a checkpoint of Q-Diffusion", is_qdiffusion, convert_qdiffusion),
+    Kind("a quantized UNet of this pack", is_ours, export_ours),
+    Kind("a tuneqdm_state.pt", _tuneqdm, _convert_tuneqdm),
+    Kind("a float UNet as a folder of diffusers or one file", _unet, _convert_unet),
 )
+"""In this order: the first that knows a source converts it."""
