@@ -16,7 +16,7 @@ if __package__ in (None, ""):
     raise SystemExit
 
 STAGES = ("pictures", "vae", "unet", "export")
-MINUTES = {"vae": 20.0, "unet": 22.0}
+MINUTES = {"vae": 20.0, "unet": 25.0}
 """Default budgets with two workers."""
 
 

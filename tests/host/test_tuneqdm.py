@@ -339,4 +339,4 @@ class TestNodes:
         place.mkdir(parents=True, exist_ok=True)
         torch.save({"a": torch.zeros(1)}, place / "a.pt")
         run = nodes["QuantTuneLoadQuantizedUNet"]
-        told("is no state of TuneQDM", lambda: run_node(run, unet_name="a.pt"))
+        told("not a checkpoint of Q-Diffusion", lambda: run_node(run, unet_name="a.pt"))
