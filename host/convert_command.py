@@ -12,8 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..quant import QuantTuneError, is_qdiffusion, load_qdiffusion, save_quantized_unet
-from ..quant.safe_file import METADATA_KEY, read_header
+from ..quant.checkpoint import UNET_FORMAT
+from ..quant.safe_file import own_format, read_header
 from .command import start_host
+
+OPTIONS = {"bits": ("--bits", None), "range": ("--range", None),
+           "symmetric": ("--symmetric", False), "keep": ("--keep", None),
+           "split_shortcuts": ("--no-split-shortcuts", True), "scales": ("--scales", None),
+           "base": ("--base", None)}
+"""Options that not all kinds use: by name, how it is written, and its value if it is not."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +31,14 @@ class Kind:
         name: in messages.
         detect: whether the file or folder at a path is of this kind; never raises.
         convert: ``(path, options) -> str``: writes ``options.out`` and says what it wrote. The
-            options are those of the command line: ``source``, ``out``, ``bits``, ``range``,
-            ``symmetric``, ``keep``, ``split_shortcuts``, ``scales``, ``base``, ``overwrite``.
+            options are those of the command line.
+        uses: which of `OPTIONS` it looks at; others are refused.
     """
 
     name: str
     detect: Callable[[str], bool]
     convert: Callable[[str, Namespace], str]
+    uses: frozenset[str] = frozenset()
 
 
 def convert(options: Namespace) -> int:
@@ -58,6 +66,11 @@ def convert(options: Namespace) -> int:
             load_qdiffusion(source, options.bits)
         raise QuantTuneError(f"The source {source!r} is none that can be converted "
                              f"({', '.join(kind.name for kind in KINDS)}); choose another.")
+    idle = [flag for name, (flag, unset) in OPTIONS.items()
+            if name not in kind.uses and getattr(options, name) != unset]
+    if idle:
+        raise QuantTuneError(f"{idle[0]} does nothing for {kind.name}, which {source!r} is; leave "
+                             "it away.")
     print(kind.convert(source, options))
     return 0
 
@@ -67,11 +80,13 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
 
     No more of it is in memory at once than a layer.
     """
-    from .import_qdiffusion import WHAT, describe_qdiffusion, doubt
+    from .import_qdiffusion import WHAT, check_complete, describe_qdiffusion, doubt
 
     _check_suffix(options.out)
     state = load_qdiffusion(path, options.bits)
     metadata = describe_qdiffusion(state, path)
+    if metadata.family not in WHAT:
+        check_complete(state, metadata, os.path.basename(path))
     save_quantized_unet(options.out, state.layers, state.floats, metadata, options.overwrite)
     split = sum(layer.split is not None for layer in state.layers.values())
     lines = [f"Q-Diffusion, {state.bits} bits: {len(state.layers)} layers, {split} of them split.",
@@ -97,7 +112,7 @@ def _check_suffix(out: str) -> None:
 def is_ours(path: str) -> bool:
     """Whether a file is one of *Save Quantized UNet*."""
     try:
-        return path.endswith(".safetensors") and METADATA_KEY in read_header(path)[0]
+        return own_format(read_header(path)[0]) == UNET_FORMAT
     except QuantTuneError:
         return False
 
@@ -134,9 +149,10 @@ def _convert_unet(path: str, options: Namespace) -> str:
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind("a checkpoint of Q-Diffusion", is_qdiffusion, convert_qdiffusion),
-    Kind("a quantized UNet of this pack", is_ours, export_ours),
-    Kind("a tuneqdm_state.pt", _tuneqdm, _convert_tuneqdm),
-    Kind("a float UNet as a folder of diffusers or one file", _unet, _convert_unet),
+    Kind("a checkpoint of Q-Diffusion", is_qdiffusion, convert_qdiffusion, frozenset({"bits"})),
+    Kind("a quantized UNet of this pack", is_ours, export_ours, frozenset({"scales"})),
+    Kind("a tuneqdm_state.pt", _tuneqdm, _convert_tuneqdm, frozenset({"scales", "base"})),
+    Kind("a float UNet as a folder of diffusers or one file", _unet, _convert_unet,
+         frozenset({"bits", "range", "symmetric", "keep", "split_shortcuts"})),
 )
 """In this order: the first that knows a source converts it."""

@@ -34,11 +34,27 @@ def convert(path: str | os.PathLike[str], options) -> str:
     told = getattr(options, "scales", None)
     scales_out = Path(told) if told else out.with_name(f"{out.stem}-scales{ENDING}")
     overwrite = getattr(options, "overwrite", None) is not False
+    _check_scales_target(scales_out, (path, out, getattr(options, "base", None)), overwrite)
     checkpoint, scales, lines = read_tuneqdm(path, getattr(options, "base", None))
     save_quantized_unet(out, checkpoint.layers, checkpoint.floats, checkpoint.metadata, overwrite)
     save_scale_set(scales_out, scales, overwrite)
+    widths = {layer.bits for layer in checkpoint.layers.values()}
+    bits = " and ".join(map(str, sorted(widths)))
     return "\n".join([
         f"Saved {out} ({out.stat().st_size / 2**20:.1f} MiB): {checkpoint.metadata.family}, "
-        f"{len(checkpoint.layers)} layers in {scales.metadata.bits} bits.",
+        f"{len(checkpoint.layers)} layers in {bits} bits.",
         f"Saved {scales_out} ({scales_out.stat().st_size / 2**20:.2f} MiB): "
         f"{scales.num_experts} experts.", *lines])
+
+
+def _check_scales_target(target: Path, others, overwrite: bool) -> None:
+    """Refuse a place for the scales before anything is read: nothing is lost, or half done."""
+    if target.suffix != ENDING:
+        raise QuantTuneError(f"The target of the scales {target} has to end in {ENDING}; choose "
+                             "another name.")
+    if any(other and Path(other).resolve() == target.resolve() for other in others):
+        raise QuantTuneError(f"The scales cannot be written to {target}, which is the source or "
+                             "the target of the UNet; choose another name.")
+    if target.exists() and not overwrite:
+        raise QuantTuneError(f"The file {target} exists already; choose another name or add "
+                             "--overwrite.")

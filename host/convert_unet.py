@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..quant import QuantSpec, QuantTuneError
-from ..quant.safe_file import METADATA_KEY, read_header
+from ..quant.safe_file import own_format, read_header
 from ..quant.stream_checkpoint import stream_quantized_unet
 from ..quant.tensor_file import PICKLED, load_unpickled
 from .load_unet import plan_quantization
@@ -29,7 +29,7 @@ def detect(path: str | os.PathLike[str]) -> bool:
     try:
         if path.suffix.lower() in (".safetensors", ".sft"):
             strings, shapes = read_header(path)
-            return METADATA_KEY not in strings and find_unet(shapes) is not None
+            return own_format(strings) is None and find_unet(shapes) is not None
         if path.suffix.lower() in PICKLED:
             found = load_unpickled(path)
             found = found.get("state_dict", found) if isinstance(found, dict) else {}

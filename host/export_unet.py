@@ -15,7 +15,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError
-from ..quant.safe_file import unwritten, write_safetensors, written_whole
+from ..quant.safe_file import FLOAT_UNET, unwritten, write_safetensors, written_whole
 from .around import is_layer
 from .build import adopt, build_model
 from .describe import describe
@@ -126,7 +126,7 @@ def _float_model(patcher, state: dict[str, Tensor], dtype: torch.dtype):
 
 
 def _facts(patcher, interval: int) -> dict:
-    return {"format": "quanttune.float_unet", "interval": interval,
+    return {"format": FLOAT_UNET, "interval": interval,
             "family": type(patcher.model.model_config).__name__,
             "prediction": patcher.model.model_type.name}
 

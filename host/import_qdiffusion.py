@@ -13,7 +13,8 @@ from comfy.utils import ProgressBar
 
 from ..quant import QDiffusionCheckpoint, QuantizedCheckpoint, QuantTuneError, UNetMetadata
 from ..quant import load_qdiffusion as open_checkpoint
-from .describe import describe_config
+from .describe import describe_config, model_config
+from .float_model import check_fits, unbuilt
 
 LDM, DDPM = "LDM", "DDPM"
 """Families of the authors' files that no ComfyUI has a model for: unconditional ones."""
@@ -60,6 +61,20 @@ def describe_qdiffusion(state: QDiffusionCheckpoint, path: str) -> UNetMetadata:
     if config is None:
         return UNetMetadata(LDM, provenance=provenance)
     return describe_config(config, tensors, os.path.basename(path), provenance)
+
+
+def check_complete(state: QDiffusionCheckpoint, metadata: UNetMetadata, name: str) -> None:
+    """Raise QuantTuneError when a checkpoint does not hold exactly the UNet that it describes."""
+    shapes = {key: tuple(value.shape) for key, value in state.floats.items()}
+    shapes |= {f"{layer}.weight": tuple(found.shape) for layer, found in state.layers.items()}
+    where = f"The UNet in {name}"
+    config = model_config(QuantizedCheckpoint(metadata, {}, dict.fromkeys(shapes)), name)
+    config.set_inference_dtype(torch.float32, None)
+    try:
+        skeleton = config.get_model({}, "", device="meta")
+    except Exception as error:  # the host's classes meet what may be a hostile description
+        raise unbuilt(where, error) from error
+    check_fits(skeleton.diffusion_model, shapes, where)
 
 
 def doubt(state: QDiffusionCheckpoint, path: str) -> str:

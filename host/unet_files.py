@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ..quant import QuantTuneError
-from ..quant.safe_file import METADATA_KEY, read_header
+from ..quant.safe_file import own_format, read_header
 from ..quant.tensor_file import PICKLED
 from .folders import file_state
 from .lora_keys import brief
@@ -100,7 +100,7 @@ def _holds_unet(path: str) -> bool:
         state = file_state(path)
         if path not in _KINDS or _KINDS[path][0] != state:
             strings, shapes = read_header(path)
-            _KINDS[path] = state, METADATA_KEY not in strings and find_unet(shapes) is not None
+            _KINDS[path] = state, own_format(strings) is None and find_unet(shapes) is not None
     except (OSError, QuantTuneError):  # damaged, or no safetensors file: none of ours
         return False
     return _KINDS[path][1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError, UNetMetadata
-from ..quant.safe_file import METADATA_KEY
+from ..quant.safe_file import own_format
 from ..quant.tensor_file import TensorFile, open_tensors
 from .diffusers_config import UNET_FIXED, Settings
 from .diffusers_files import ModelFolder, fault, shards
@@ -157,7 +157,7 @@ def _of_files(paths: list[Path], name: str, where: str, config: dict | None, fol
               pipeline: Path | None) -> UNetSource:
     files = [open_tensors(path) for path in paths]
     for file in files:
-        if METADATA_KEY in file.strings:
+        if own_format(file.strings) is not None:
             raise QuantTuneError(f"The file {file.path} was written by QuantTune; load it with "
                                  "'Load Quantized UNet' or 'Load TuneQDM Scales'.")
     places = {key: (file, key) for file in files for key in file.shapes}

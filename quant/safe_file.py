@@ -27,6 +27,8 @@ from .errors import QuantTuneError
 METADATA_KEY = "quanttune"
 """Key of the header's string metadata under which our own JSON object is stored."""
 
+FLOAT_UNET = "quanttune.float_unet"
+"""What our metadata says of a UNet written for other programs: an ordinary float file."""
 MAX_HEADER_BYTES = 100_000_000
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DTYPE_NAMES = {
@@ -220,6 +222,18 @@ def _write_tensor(file: BinaryIO, tensor: Tensor | Later) -> None:
         assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, tuple(promised.shape))
     tensor = tensor.detach().cpu().contiguous()
     file.write(tensor_bytes(tensor))
+
+
+def own_format(strings: Mapping[str, str]) -> str | None:
+    """The format of a file of ours by its header's strings: None for one of other programs, and
+    for a float UNet, which is as theirs; "" when our metadata is unreadable."""
+    if METADATA_KEY not in strings:
+        return None
+    try:
+        told = json.loads(strings[METADATA_KEY])["format"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return ""
+    return None if told == FLOAT_UNET else str(told)
 
 
 def read_safetensors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -167,6 +168,11 @@ def load_unpickled(path: str | os.PathLike[str]) -> object:
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                packed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
+            if packed:  # mapped, its compressed bytes would be taken for numbers
+                raise ValueError("it is a compressed archive, which PyTorch does not write")
         # "mmap" is for the zip form alone.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
@@ -174,8 +180,10 @@ def load_unpickled(path: str | os.PathLike[str]) -> object:
             f"The file {path} does not exist; choose another file or put it there."
         ) from None
     except Exception as error:  # what a damaged or hostile file raises is not documented
+        told = ("there may be code in it, which is never run"
+                if type(error).__name__ == "UnpicklingError" else first_line(error)[:80])
         raise QuantTuneError(
-            f"The file {path} is damaged or holds more than weights ({first_line(error)[:80]}); "
+            f"The file {path} is damaged or holds more than weights ({told}); "
             "download it again, or its .safetensors form."
         ) from error
 

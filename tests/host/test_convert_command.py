@@ -130,9 +130,47 @@ def test_a_kind_is_a_row(command, tmp_path, monkeypatch):
     def converted(path, options):
         return f"read {path} for {options.out} with {options.bits}"
 
-    row = convert_command.Kind("a text", lambda path: path.endswith(".txt"), converted)
+    row = convert_command.Kind("a text", lambda path: path.endswith(".txt"), converted,
+                               frozenset({"bits"}))
     monkeypatch.setattr(convert_command, "KINDS", (*convert_command.KINDS, row))
     source = tmp_path / "a.txt"
     source.write_text("hello")
     status, told = command(source, tmp_path / "out", "--bits", "4")
     assert status == 0 and told == f"read {source} for {tmp_path / 'out'} with 4\n"
+
+
+def test_a_float_unet_of_ours_is_an_ordinary_one(command, tmp_path, monkeypatch):
+    """What *Export Float UNet* writes is no quantized file: it converts and loads as others do."""
+    from quanttune.host.export_unet import export_unet
+    from quanttune.host.unet_source import open_unet
+
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
+    with torch.inference_mode():
+        path = export_unet(models.small_model(), "ComfyUI file", "float32", "merged")[1]
+    assert open_unet(path).metadata.family == "SD15"
+    status, told = command(path, tmp_path / "small.safetensors", "--bits", 4)
+    assert status == 0 and "4 bits" in told, told
+
+
+@pytest.mark.parametrize("words, told", [
+    (("--symmetric",), "--symmetric does nothing for a checkpoint of Q-Diffusion"),
+    (("--scales", "x.safetensors"), "--scales does nothing for"),
+])
+def test_an_option_that_would_do_nothing_is_refused(command, starter, tmp_path, words, told):
+    status, said = command(starter, tmp_path / "a.safetensors", *words)
+    assert status == 1 and told in said
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda state: state.pop("model.out.2.bias"), "out.2.bias"),
+    (lambda state: state.update({"model.out.0.weight": torch.zeros(7)}), "out.0.weight"),
+    (lambda state: state.update({"model.betas": torch.zeros(1000)}), "betas"),
+])
+def test_what_the_node_would_refuse_is_not_written(command, starter, tmp_path, change, told):
+    state = torch.load(starter, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "changed.pth")
+    status, said = command(tmp_path / "changed.pth", tmp_path / "a.safetensors")
+    assert status == 1 and told in said, said
+    assert not (tmp_path / "a.safetensors").exists()

@@ -260,6 +260,12 @@ class TestHostile:
         convert(tmp_path / "dog" / STATE, tmp_path / "a.safetensors")
         told("exists already", lambda: convert(tmp_path / "dog" / STATE, tmp_path / "a.safetensors",
                                                overwrite=False))
+        for scales, why in (("a.txt", "has to end in"),
+                            ("b.safetensors", "source or the target")):
+            told(why, lambda name=scales: convert(tmp_path / "dog" / STATE,
+                                                  tmp_path / "b.safetensors",
+                                                  scales=str(tmp_path / name)))
+        assert not (tmp_path / "b.safetensors").exists()
         told("has to end in .pt", export, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
         export(tmp_path / "a.safetensors", tmp_path / "b.pt")
         told("exists already", export, tmp_path / "a.safetensors", tmp_path / "b.pt", None, False)

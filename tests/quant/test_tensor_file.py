@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from quanttune.quant import QuantTuneError
-from quanttune.quant.tensor_file import DTYPES, load_pickled, open_tensors
+from quanttune.quant.tensor_file import DTYPES, load_pickled, load_unpickled, open_tensors
 
 
 def state(form=""):
@@ -127,3 +127,15 @@ def test_code_does_not_run(tmp_path):
     torch.save({"a": Evil()}, tmp_path / "a.pt")
     refused("holds more than weights", tmp_path / "a.pt")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_compressed_archive_is_not_read_as_numbers(tmp_path):
+    import zipfile
+
+    torch.save({"a": torch.ones(64)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, \
+            zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(QuantTuneError, match="compressed archive"):
+        load_unpickled(tmp_path / "packed.pt")
