@@ -44,9 +44,10 @@ def load_upscaler(name: str, precision: str = "float"):
         QuantTuneError: nothing of that name, a folder or file that is not whole, or another model.
     """
     check_precision(precision)
-    place = find_upscaler(name)
+    place, keep = find_upscaler(name), "none"
     if place.kind in ("shipped", "described"):
         from ..starter.load_upscaler import load_starter_upscaler
+        from ..starter.upscaler_config import DELICATE as keep
 
         model, clip, vae = load_starter_upscaler(place.path)
     else:
@@ -54,7 +55,7 @@ def load_upscaler(name: str, precision: str = "float"):
         model, clip, vae = load(place.path)
     check_upscaler(model, f"The upscaler '{name}'")
     if precision != "float":
-        model = at_precision(model, precision, name)
+        model = at_precision(model, precision, name, keep)
         gc.collect()  # the host's models refer to themselves; their floats are not to stay
     return model, clip, vae
 

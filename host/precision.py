@@ -18,8 +18,11 @@ def check_precision(precision: str) -> None:
             f"precision is '{precision}', but it has to be one of {', '.join(PRECISIONS)}.")
 
 
-def at_precision(model, precision: str, name: str):
-    """A float MODEL in one of `PRECISIONS` other than float."""
+def at_precision(model, precision: str, name: str, keep: str = "none"):
+    """A float MODEL in one of `PRECISIONS` other than float.
+
+    keep: layers that 8 and 4 bits leave in float, as in `quantize.quantize_model`.
+    """
     if PRECISIONS[precision] is None:
         return dynamic_int8(model, name=name)[0]
-    return quantize_model(model, PRECISIONS[precision], name=name)[0]
+    return quantize_model(model, PRECISIONS[precision], keep, name=name)[0]

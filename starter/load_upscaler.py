@@ -29,9 +29,17 @@ def load_starter_upscaler(path: Path | str | None = None, model_options: dict | 
     host's executor does. Raises QuantTuneError when the file is missing, damaged or another one.
     """
     path = str(path or FILE)
-    model = load_unet(path, model_options or {})
-    clip = load_clip(str(FOLDER / "clip.safetensors"))
-    return model, clip, load_vae(path)
+    try:
+        model = load_unet(path, model_options or {})
+        vae = load_vae(path)
+    except (QuantTuneError, MemoryError):
+        raise
+    except Exception as error:  # the host's classes meet what may be a hostile description
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise QuantTuneError(
+            f"The upscaler's file {Path(path).name} describes another network than it holds "
+            f"({reason}); {REPAIR}") from error
+    return model, load_clip(str(FOLDER / "clip.safetensors")), vae
 
 
 def read(path: str, part: str, prefix: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -50,7 +58,7 @@ def read(path: str, part: str, prefix: str) -> tuple[dict[str, torch.Tensor], di
     inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     try:
         return inside, json.loads(metadata[part])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QuantTuneError(f"The `{part}` of {name} is no JSON; {REPAIR}") from error
 
 

@@ -70,6 +70,10 @@ LINEAR_START, LINEAR_END, STEPS = 1e-4, 2e-2, 1000
 MAX_LEVEL = 350
 """Highest noise level of the small picture; the host's `noise_augmentation` 1.0."""
 
+DELICATE = "out.2, output_blocks.7.*"
+"""Layers that 8 and 4 bits leave in float: what the small picture says passes there as the
+difference of two channels, and rounding either shifts its colours."""
+
 SETTINGS = {
     "steps": 4, "cfg": 1.0, "sampler": "euler_ancestral", "scheduler": "karras", "noise_level": 0,
 }  # fmt: skip

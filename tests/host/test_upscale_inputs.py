@@ -37,6 +37,13 @@ def test_bad_settings(parts):
             run(parts, image(8, 8), **settings)
 
 
+def test_a_result_that_is_no_picture(parts):
+    from quanttune.quant import QuantTuneError
+
+    with pytest.raises(QuantTuneError, match="NaN or infinite"):
+        run(parts, image(8, 8), steps=1, scheduler="kl_optimal")
+
+
 def test_another_model_or_vae(parts):
     import comfy.sd
 

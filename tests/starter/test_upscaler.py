@@ -86,6 +86,33 @@ def test_it_comes_nearer_to_the_original_than_bicubic(parts):
     assert psnr(upscale(parts, small, told), truth) > bicubic + 0.2
 
 
+def test_8_bits_still_come_nearer_than_bicubic(parts):
+    from quanttune.host.precision import at_precision
+    from quanttune.starter.upscaler_config import DELICATE
+    from quanttune.starter.upscaler_evaluate import held_out, psnr, resize, upscale
+
+    told, truth, _ = held_out(1)
+    small = resize(truth, 128, "area")
+    bicubic = psnr(resize(small, 512, "bicubic"), truth)
+    with torch.inference_mode():
+        model = at_precision(parts[0], "8-bit", "x", DELICATE)
+    assert psnr(upscale((model, *parts[1:]), small, told), truth) > bicubic
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"model_channels": 32}', "[" * 10000])
+def test_a_file_that_describes_another_network_says_so(tmp_path, config):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from quanttune.starter.load_upscaler import load_starter_upscaler
+
+    with safe_open(FILE, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(FILE), tmp_path / "other.safetensors", {**metadata, "unet_config": config})
+    with pytest.raises(QuantTuneError, match="other.safetensors"), torch.inference_mode():
+        load_starter_upscaler(tmp_path / "other.safetensors")
+
+
 def test_the_committed_figures_beat_bicubic():
     figures = json.loads((FILE.parent / "results.json").read_text("utf-8"))
     ours, bicubic = figures["means: ours"], figures["means: bicubic"]
