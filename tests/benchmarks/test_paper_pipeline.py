@@ -12,7 +12,8 @@ def test_the_ratios_are_those_of_the_rows():
     seconds = dict.fromkeys(("50", "25", "10"), 4.0)
     found = {
         "generate": {paper_pipeline.TUNED: {"seconds": seconds, "peak_mib": 8.0},
-                     paper_pipeline.INT8: {"seconds": dict.fromkeys(seconds, 1.0), "peak_mib": 2.0}},
+                     paper_pipeline.INT8: {"seconds": dict.fromkeys(seconds, 1.0),
+                                           "peak_mib": 2.0}},
         "upscale": {"tiled, 256": {"seconds": 3.0, "built_mib": 10.0, "peak_mib": 20.0},
                     "whole picture at once, 256": {"seconds": 2.0, "peak_mib": 40.0},
                     "tiled, 8-bit UNet, 256": {"built_mib": 3.0, "peak_mib": 9.0},
