@@ -25,24 +25,8 @@ def describe(source, name: str, provenance: dict) -> UNetMetadata:
 
     Raises QuantTuneError when the model's configuration cannot be written.
     """
-    # The dtype is chosen anew where the file is loaded; other dtypes are the family's own, which
-    # it sets again itself.
-    config = {k: v for k, v in source.model_config.unet_config.items()
-              if not isinstance(v, torch.dtype)}
-    try:
-        config = json.loads(json.dumps(config))
-    except TypeError as error:
-        raise QuantTuneError(
-            f"The configuration of '{name}' cannot be written to a file ({error}); this model "
-            "family is not supported yet.") from error
-    return UNetMetadata(
-        family=type(source.model_config).__name__,
-        unet_config=config,
-        model_type=source.model_type.name,
-        latent_format=type(source.latent_format).__name__,
-        sampling_settings=copy.deepcopy(source.model_config.sampling_settings),
-        provenance=provenance,
-    )
+    return _metadata(source.model_config, source.model_type.name, source.latent_format, f"'{name}'",
+                     provenance)
 
 
 def describe_config(config, tensors, name: str, provenance: dict) -> UNetMetadata:
@@ -56,6 +40,13 @@ def describe_config(config, tensors, name: str, provenance: dict) -> UNetMetadat
 
     Raises QuantTuneError when the model's configuration cannot be written.
     """
+    return _metadata(config, config.model_type(tensors, "").name, config.latent_format, name,
+                     provenance)
+
+
+def _metadata(config, model_type: str, latent_format, name: str, provenance: dict) -> UNetMetadata:
+    # The dtype is chosen anew where the file is loaded; other dtypes are the family's own, which
+    # it sets again itself.
     described = {k: v for k, v in config.unet_config.items() if not isinstance(v, torch.dtype)}
     try:
         described = json.loads(json.dumps(described))
@@ -66,10 +57,11 @@ def describe_config(config, tensors, name: str, provenance: dict) -> UNetMetadat
     return UNetMetadata(
         family=type(config).__name__,
         unet_config=described,
-        model_type=config.model_type(tensors, "").name,
-        latent_format=type(config.latent_format).__name__,
+        model_type=model_type,
+        latent_format=type(latent_format).__name__,
         sampling_settings=copy.deepcopy(config.sampling_settings),
-        provenance=provenance)
+        provenance=provenance,
+    )
 
 
 def model_config(checkpoint: QuantizedCheckpoint, name: str):
