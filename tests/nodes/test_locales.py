@@ -52,9 +52,11 @@ def test_the_host_reads_what_is_there(comfy_inprocess, tmp_path, monkeypatch):
         assert locales.flat({"nodeDefs": nodes, "main": texts}) == locales.read(language)
 
 
-def test_keys_are_those_that_the_frontend_asks_for():
-    """It replaces the dots of ids by underscores; a dot would be read as a step into the tree."""
-    assert not [path for path in locales.read("en") if any("." in key for key in path)]
+def test_english_is_what_the_frontend_can_look_up_and_read():
+    """Dots of keys would be steps into the tree; these signs mean something in its messages."""
+    for path, text in locales.read("en").items():
+        assert not any("." in key for key in path), path
+        assert not set(text) & set("{}@|"), f"{'.'.join(path)}: {text}"
 
 
 def test_the_guide_has_a_word_for_each_language():

@@ -1,0 +1,111 @@
+"""The real frontend in Chinese and Japanese: what an artist reads on our nodes, and on others."""
+
+import pytest
+
+from quanttune.devtools import locales
+from quanttune.devtools.frontend import open_page
+from quanttune.devtools.locale_checks import guide
+from quanttune.tests.harness.browser import ARTIFACTS
+
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+SHOWN = """() => Object.fromEntries(
+Object.entries(LiteGraph.registered_node_types).map(([id, type]) => {
+    const about = {title: type.title, category: type.category,
+                   description: type.nodeData?.description ?? ""}
+    if (!id.startsWith("QuantTune")) return [id, about]
+    const node = LiteGraph.createNode(id)
+    const name = slot => slot.label ?? slot.localized_name ?? slot.name
+    return [id, {...about,
+        inputs: Object.fromEntries(node.inputs.map(slot => [slot.name, name(slot)])),
+        widgets: Object.fromEntries((node.widgets ?? []).map(w => [w.name, w.label])),
+        outputs: node.outputs.map(name)}]
+}))"""
+"""What the frontend shows of every kind of node."""
+
+GRAPH = {
+    "1": {"class_type": "QuantTuneLoadStarterModel", "inputs": {}},
+    "2": {
+        "class_type": "QuantTuneQuantizeUNet",
+        "inputs": {
+            "model": ["1", 0],
+            "bits": "4",
+            "range": "mse",
+            "symmetric": False,
+            "keep_float": "none",
+            "pattern": "",
+            "split_shortcuts": True,
+        },
+    },
+}
+
+WIDGET = """(name) => {
+    const node = app.rootGraph.nodes.find(n => n.type === "QuantTuneQuantizeUNet")
+    const widget = node.widgets.find(w => w.name === name)
+    const [x, y] = app.canvas.convertOffsetToCanvas(
+        [node.pos[0] + node.size[0] / 3, node.pos[1] + widget.last_y + 10])
+    const frame = app.canvas.canvas.getBoundingClientRect()
+    return [frame.left + x, frame.top + y]
+}"""
+"""Where on the page a widget of Quantize UNet is drawn."""
+
+
+@pytest.fixture
+def page_in(browser_context, comfy_server):
+    """Opens the frontend in a language; the server, which other tests use, is in English after."""
+    url, pages = comfy_server.client.url, []
+
+    def opened(language, *, without_us=False):
+        context = browser_context
+        context.request.post(f"{url}/settings", data={"Comfy.Locale": language})
+        if without_us:
+            context.route("**/i18n", lambda route: route.fulfill(json={}))
+        try:
+            pages.append(open_page(context, url))
+        finally:
+            if without_us:
+                context.unroute("**/i18n")
+        return pages[-1]
+
+    yield opened
+    for page in pages:
+        page.page.close()
+    browser_context.request.post(f"{url}/settings", data={"Comfy.Locale": "en"})
+
+
+@pytest.mark.parametrize("language", locales.LANGUAGES)
+def test_every_node_is_shown_in_the_language(language, page_in):
+    page = page_in(language)
+    shown = page.page.evaluate(SHOWN)
+    texts = locales.deep(locales.read(language))
+    categories = texts["main"]["nodeCategories"]
+    for node_id, node in texts["nodeDefs"].items():
+        there = shown[node_id]
+        assert there["title"] == node["display_name"]
+        assert there["description"] == node["description"]
+        for name, text in node.get("inputs", {}).items():
+            assert there["inputs"][name] == text["name"]
+            assert there["widgets"].get(name, text["name"]) == text["name"]
+        for place, text in node.get("outputs", {}).items():
+            assert text.get("name", there["outputs"][int(place)]) == there["outputs"][int(place)]
+        assert set(there["category"].split("/")) <= set(categories.values())
+    titles = {about["title"] for about in shown.values()}
+    lost = [row[language] for row in guide()[1] if row[language] not in titles]
+    assert not lost, f"ComfyUI calls no node so: {lost}"
+
+    # The label on the node and the tooltip beneath the pointer.
+    page.load_api(GRAPH)
+    page.screenshot(ARTIFACTS / f"locale-{language}.png")
+    x, y = page.page.evaluate(WIDGET, "range")
+    page.page.mouse.move(x, y)
+    page.page.mouse.move(x + 2, y)
+    tooltip = texts["nodeDefs"]["QuantTuneQuantizeUNet"]["inputs"]["range"]["tooltip"]
+    page.page.get_by_text(tooltip, exact=True).wait_for(timeout=10_000)
+    page.screenshot(ARTIFACTS / f"locale-{language}-tooltip.png", fit=False)
+    assert page.errors == []
+
+    # Categories are words that all packs share: ours must not change another's.
+    alone = page_in(language, without_us=True).page.evaluate(SHOWN)
+    assert alone["QuantTuneQuantizeUNet"]["title"] == "Quantize UNet"
+    for node_id, about in alone.items():
+        assert node_id in texts["nodeDefs"] or shown[node_id] == about
