@@ -22,6 +22,16 @@ SAME = frozenset({"alpha", "cfg", "FID", "IS", "KID", "LPIPS", "PSNR", "SSIM", "
 _QUOTED = re.compile(r"(?<!\w)'([^']+)'(?!\w)")
 _SETTING = re.compile(r"\b(\w+) = '?([^,;:]*)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+# What else than its figures may be a figure in a translation of a text.
+_IN_WORDS = {
+    "1": "an? one once single first each every times",
+    "2": "two both second half twice",
+    "3": "three third",
+    "4": "four quarter",
+    "5": "five",
+    "8": "eight eighth",
+    "10": "ten",
+}
 _WORD = re.compile(r"\.?[A-Za-z0-9][\w./\-]*", re.ASCII)
 _CODE = re.compile(r"[_/\d]|\w\.\w|^\.\w|[A-Za-z0-9-][A-Z]", re.ASCII)
 _PLAIN = re.compile(r"\d+-bit|[\d.\-]+", re.ASCII)
@@ -135,6 +145,12 @@ class _Names:
         return Counter({w: n for w, n in words.items() if not self.label(node, w)})
 
 
+def _in_words(number: str, text: str) -> bool:
+    """Whether an English text has a number in letters."""
+    words = _IN_WORDS.get(number, "").replace(" ", "|")
+    return bool(words and re.search(rf"\b(?:{words})\b", text, re.IGNORECASE))
+
+
 def _of_text(
     language: str,
     path: Place,
@@ -165,7 +181,8 @@ def _of_text(
     for mark in "*`<>#…":
         if text.count(mark) != other.count(mark):
             yield f"has not as many {mark} as the English"
-    if Counter(_NUMBER.findall(text)) != Counter(_NUMBER.findall(other)):
+    numbers, others = Counter(_NUMBER.findall(text)), Counter(_NUMBER.findall(other))
+    if numbers - others or not all(_in_words(n, text) for n in others - numbers):
         yield f"has other numbers than {_NUMBER.findall(text)}"
     for quoted in _MARKED.findall(other):
         if quoted not in names.known(text):

@@ -107,6 +107,8 @@ TITLE = ("nodeDefs", "Cut", "display_name")
 
 def test_a_right_translation_passes():
     assert problems("zh", ENGLISH, CHINESE, SCHEMAS) == []
+    in_figures = {**CHINESE, ABOUT: "切割 1 个 UNet 的层，参见“缝合层”和公式 5-6。"}
+    assert problems("zh", ENGLISH, in_figures, SCHEMAS) == []
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,7 @@ def test_a_right_translation_passes():
         (ABOUT, "切割 UNet 的层，参见“缝合层”和公式 5-6", "end"),
         (ABOUT, "切割 UNet 的层，参见“缝合层”和公式 5。", "numbers"),
         (ABOUT, "切割 UNet 的层，参见“缝合层”和公式 5-6-6。", "numbers"),
+        (ABOUT, "切割 2 个 UNet 的层，参见“缝合层”和公式 5-6。", "numbers"),
         (ABOUT, "切割模型的层，参见“缝合层”和公式 5-6。", "UNet as it is"),
         (ABOUT, "切割 UNet 的层，参见“拼接层”和公式 5-6。", "say 缝合层"),
         (ABOUT, "切割 UNet 的层，参见'缝合层'和公式 5-6。", "quotation marks"),
