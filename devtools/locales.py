@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "locales"
+SCRIPTS = ROOT / "web" / "js"
 LANGUAGES = ("zh", "ja")
 """What the nodes are translated to, as ComfyUI's setting `Comfy.Locale` calls it."""
 FILES = ("nodeDefs", "main")
@@ -27,10 +29,24 @@ Place = tuple[str, ...]
 """Keys on the way to a text, the file's name first."""
 
 
-def english(schemas: Iterable[Any]) -> dict[str, dict[str, Any]]:
-    """Both files' contents in English, by file name, from the V3 schemas of all nodes.
+def drawn_words(scripts: Path = SCRIPTS) -> list[str]:
+    """What the frontend's scripts of ours draw: the texts in their calls of `word`."""
+    call = re.compile(r'\bword\(\s*"((?:[^"\\]|\\.)*)"')
+    found = {
+        json.loads(f'"{text}"')
+        for path in sorted(scripts.glob("*.js"))
+        for text in call.findall(path.read_text("utf-8"))
+    }
+    return sorted(found)
 
-    An output of the name of its type (MODEL) has no name here: ComfyUI translates types itself.
+
+def english(schemas: Iterable[Any], words: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Both files' contents in English, by file name.
+
+    Args:
+        schemas: the V3 schemas of all nodes. An output of the name of its type (MODEL) gets no
+            name: ComfyUI translates types itself.
+        words: further texts of ours; they are looked up by themselves.
     """
     nodes, categories = {}, set()
     for schema in sorted(schemas, key=lambda s: s.node_id):
@@ -49,7 +65,8 @@ def english(schemas: Iterable[Any]) -> dict[str, dict[str, Any]]:
             "outputs": outputs,
         }
         categories.update(schema.category.split("/"))
-    return {"nodeDefs": nodes, "main": {"nodeCategories": {c: c for c in sorted(categories)}}}
+    main = {"nodeCategories": {c: c for c in sorted(categories)}}
+    return {"nodeDefs": nodes, "main": {**main, "quanttune": {w: w for w in words}}}
 
 
 def flat(tree: Mapping[str, Any], above: Place = ()) -> dict[Place, Any]:
@@ -112,12 +129,12 @@ def updated(
     return {path: kept[path] for path in new if path in kept}
 
 
-def update(schemas: Iterable[Any], folder: Path = FOLDER) -> list[str]:
+def update(schemas: Iterable[Any], folder: Path = FOLDER, words: Iterable[str] = ()) -> list[str]:
     """Bring all files up to date; returns a line for each text that a language lacks now.
 
     A line names the language and the path, and has the English and the former translation, if any.
     """
-    new, old = flat(english(schemas)), read("en", folder)
+    new, old = flat(english(schemas, words)), read("en", folder)
     lines = []
     for language in LANGUAGES:
         before = read(language, folder)
@@ -150,7 +167,7 @@ def main() -> int:
     from .locale_checks import problems
 
     schemas = pack_schemas()
-    lines = update(schemas)
+    lines = update(schemas, words=drawn_words())
     for language in LANGUAGES:
         lines += problems(language, read("en"), read(language), schemas)
     print("\n".join(lines) or f"locales/ is complete: en, {', '.join(LANGUAGES)}")

@@ -18,7 +18,7 @@ def schemas(comfy_inprocess):
 
 
 def test_english_is_that_of_the_schemas(schemas):
-    new, old = locales.flat(locales.english(schemas)), locales.read("en")
+    new, old = locales.flat(locales.english(schemas, locales.drawn_words())), locales.read("en")
     changed = sorted(".".join(path) for path in {*new, *old} if new.get(path) != old.get(path))
     assert not changed, f"{UPDATE}: {changed[:5]}"
 
@@ -26,7 +26,11 @@ def test_english_is_that_of_the_schemas(schemas):
 @pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_every_text_is_translated(schemas, language):
     there = locales.read(language)
-    lacking = [".".join(p) for p in locales.flat(locales.english(schemas)) if p not in there]
+    lacking = [
+        ".".join(p)
+        for p in locales.flat(locales.english(schemas, locales.drawn_words()))
+        if p not in there
+    ]
     assert not lacking, f"{UPDATE}: {language} lacks {lacking[:5]}"
 
 
@@ -55,6 +59,8 @@ def test_the_host_reads_what_is_there(comfy_inprocess, tmp_path, monkeypatch):
 def test_english_is_what_the_frontend_can_look_up_and_read():
     """Dots of keys would be steps into the tree; these signs mean something in its messages."""
     for path, text in locales.read("en").items():
+        if path[1] == "quanttune":  # looked up by web/js/words.js
+            continue
         assert not any("." in key for key in path), path
         assert not set(text) & set("{}@|"), f"{'.'.join(path)}: {text}"
 
@@ -83,6 +89,7 @@ ENGLISH = {
     ("nodeDefs", "Cut", "inputs", "max_side", "tooltip"): "With way = all: 512 for SD1.5.",
     ("nodeDefs", "Sew", "display_name"): "Sew Layers",
     ("main", "nodeCategories", "QuantTune"): "QuantTune",
+    ("main", "quanttune", "step {a} of {b}"): "step {a} of {b}",
 }
 CHINESE = dict(
     zip(
@@ -96,12 +103,14 @@ CHINESE = dict(
             "“方式”为 all 时：SD1.5 用 512。",
             "缝合层",
             "QuantTune",
+            "第 {a} 步，共 {b} 步",
         ],
     )
 )
 WAY = ("nodeDefs", "Cut", "inputs", "way", "tooltip")
 SIDE = ("nodeDefs", "Cut", "inputs", "max_side", "tooltip")
 ABOUT = ("nodeDefs", "Cut", "description")
+STEP = ("main", "quanttune", "step {a} of {b}")
 TITLE = ("nodeDefs", "Cut", "display_name")
 
 
@@ -119,6 +128,9 @@ def test_a_right_translation_passes():
         (TITLE, " 切割层", "space"),
         (TITLE, "切割层@", "instruction"),
         (TITLE, "切割{层}", "instruction"),
+        (STEP, "第 {a} 步", "places to fill"),
+        (STEP, "第 {a} 步，共 {c} 步", "places to fill"),
+        (STEP, "第 {a} 步，共 {b 步", "places to fill"),
         (ABOUT, "Cut UNet: 5-6.", "not in its language"),
         (ABOUT, "レイヤー UNet 层，“缝合层”和公式 5-6。", "Japanese"),
         (ABOUT, "切割 UNet 的层，参见“缝合层”和公式 5-6", "end"),
@@ -166,6 +178,12 @@ def test_words_that_no_language_changes():
         "LoRA",
         "fp16",
     }
+
+
+def test_words_of_scripts_are_collected(tmp_path):
+    (tmp_path / "a.js").write_text('label(word("loss"), word(\n"a \\"b\\" {c}", {c})); sword("x")')
+    (tmp_path / "b.js").write_text('export function word(english) {} word("loss"); word(variable)')
+    assert locales.drawn_words(tmp_path) == ['a "b" {c}', "loss"]
 
 
 def test_tables_of_a_page():

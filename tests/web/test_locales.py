@@ -52,18 +52,21 @@ WIDGET = """(name) => {
 
 @pytest.fixture
 def page_in(browser_context, comfy_server):
-    """Opens the frontend in a language; the server, which other tests use, is in English after."""
+    """Opens the frontend in a language; the server, which other tests use, is in English after.
+
+    With `i18n`, that is what the server tells of all packs' texts.
+    """
     url, pages = comfy_server.client.url, []
 
-    def opened(language, *, without_us=False):
+    def opened(language, *, i18n=None):
         context = browser_context
         context.request.post(f"{url}/settings", data={"Comfy.Locale": language})
-        if without_us:
-            context.route("**/i18n", lambda route: route.fulfill(json={}))
+        if i18n is not None:
+            context.route("**/i18n", lambda route: route.fulfill(json=i18n))
         try:
             pages.append(open_page(context, url))
         finally:
-            if without_us:
+            if i18n is not None:
                 context.unroute("**/i18n")
         return pages[-1]
 
@@ -105,7 +108,22 @@ def test_every_node_is_shown_in_the_language(language, page_in):
     assert page.errors == []
 
     # Categories are words that all packs share: ours must not change another's.
-    alone = page_in(language, without_us=True).page.evaluate(SHOWN)
+    alone = page_in(language, i18n={}).page.evaluate(SHOWN)
     assert alone["QuantTuneQuantizeUNet"]["title"] == "Quantize UNet"
     for node_id, about in alone.items():
         assert node_id in texts["nodeDefs"] or shown[node_id] == about
+
+
+def test_what_scripts_draw_is_in_the_language(page_in):
+    """Where there is a text for it; the places in it are filled in."""
+    texts = {"zh": {"quanttune": {"step {a} of {b}": "第 {a} 步，共 {b} 步"}}}
+    page = page_in("zh", i18n=texts)
+    told = page.page.evaluate(
+        """async () => {
+            const scripts = (await (await fetch("/extensions")).json())
+            const path = scripts.find(name => name.endsWith("/js/words.js"))
+            const { word } = await import(new URL("." + path, location.href).href)
+            return [word("step {a} of {b}", {a: 0, b: 7}), word("{a} steps", {a: 3}), word("loss")]
+        }"""
+    )
+    assert told == ["第 0 步，共 7 步", "3 steps", "loss"]
