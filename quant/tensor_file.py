@@ -174,7 +174,7 @@ def load_unpickled(path: str | os.PathLike[str]) -> object:
             if packed:  # mapped, its compressed bytes would be taken for numbers
                 raise ValueError("it is a compressed archive, which PyTorch does not write")
         # "mmap" is for the zip form alone.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise QuantTuneError(
             f"The file {path} does not exist; choose another file or put it there."
@@ -186,6 +186,36 @@ def load_unpickled(path: str | os.PathLike[str]) -> object:
             f"The file {path} is damaged or holds more than weights ({told}); "
             "download it again, or its .safetensors form."
         ) from error
+    if odd := _odd(found):
+        raise QuantTuneError(
+            f"The file {path} holds '{odd[:100]}', which is no plain tensor (sparse, quantized or "
+            "without numbers), as no file of weights does; choose another file."
+        )
+    return found
+
+
+def _odd(found: object) -> str:
+    """The name of a tensor that has no rows of numbers in memory, or nothing."""
+    stack: list[tuple[str, object]] = [("", found)]
+    seen: set[int] = set()
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in seen:  # a hostile file may hold a list of itself
+                continue
+            seen.add(id(value))
+        if isinstance(value, dict):
+            stack.extend((str(key), entry) for key, entry in value.items())
+        elif isinstance(value, (list, tuple)):
+            stack.extend((name, entry) for entry in value)
+        elif isinstance(value, Tensor) and (
+            value.layout != torch.strided
+            or value.is_quantized
+            or value.is_nested
+            or value.device.type != "cpu"
+        ):
+            return name or "a tensor"
+    return ""
 
 
 def load_pickled(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from .tuneqdm_state import (
     OUR_SCALES,
     OURS,
     OUT,
+    SCALED,
     STATE,
     ZERO,
     StateLayer,
@@ -101,6 +102,7 @@ def from_state(state: TuneqdmState, names: Mapping[str, str],
         QuantTuneError: a state without integers, or a layer that ``names`` lacks.
     """
     layers, scales = {}, {}
+    scaled = state.ours.get(SCALED, {})
     for name, layer in state.layers.items():
         if name not in names:
             raise QuantTuneError(f"The TuneQDM state has a layer '{name[:100]}' that the UNet has "
@@ -118,7 +120,12 @@ def from_state(state: TuneqdmState, names: Mapping[str, str],
             pack(codes, layer.bits), s0.reshape(-1, 1).clone(), zero, layer.bits,
             tuple(layer.integers.shape), None, bool((zero == half).all()))
         r_out = (layer.s_out.double() / s0.double()).float()
-        scales[names[name]] = LayerScales(r_out, layer.s_in)
+        s_in, ones = layer.s_in, layer.s_in is None or bool((layer.s_in == 1).all())
+        if scaled and ones and name not in scaled and torch.equal(layer.s_out, s0.expand_as(
+                layer.s_out)):
+            continue  # written for their code, which has scales in every layer
+        scales[names[name]] = LayerScales(r_out, None if ones and scaled.get(name) is False
+                                          else s_in)
     bits = [w.bits for w in layers.values()]
     told = {**state.ours.get("scales", {}), "base_fingerprint": fingerprint(layers)}
     told.setdefault("base_name", base_name)
@@ -151,7 +158,7 @@ def to_state(layers: Mapping[str, QuantizedWeight], floats: Mapping[str, Tensor]
         raise QuantTuneError(f"The scales are for the layer '{unknown[0][:100]}' "
                              f"({len(unknown)} such), which the quantized model has not; choose "
                              "the model that they were trained on.")
-    state, noted, own = {}, {}, {}
+    state, noted, own, scaled = {}, {}, {}, {}
     for name, weight in layers.items():
         theirs = _their_name(names, f"{name}.weight").removesuffix(".weight")
         if weight.split is not None:
@@ -160,6 +167,8 @@ def to_state(layers: Mapping[str, QuantizedWeight], floats: Mapping[str, Tensor]
                 "layers have not; quantize the model without split_shortcuts.")
         out, inputs, ones = weight.shape[0], weight.shape[1], (1,) * (len(weight.shape) - 2)
         given = scales.layers.get(name) if scales else None
+        if given is not None:
+            scaled[theirs] = given.s_in is not None
         r_out = torch.ones(count, out) if given is None else given.r_out.detach().float().cpu()
         s_in = torch.ones(count, inputs) if given is None or given.s_in is None else (
             given.s_in.detach().float().cpu())
@@ -189,6 +198,7 @@ def to_state(layers: Mapping[str, QuantizedWeight], floats: Mapping[str, Tensor]
               "train_bias": False}
     facts: dict[str, Any] = {**(note or {}), "bits": noted}
     if scales:
+        facts[SCALED] = scaled
         config |= {"total_denoising_steps": scales.num_timesteps,
                    "train_delta_in": scales.has_s_in}
         extra = dict(scales.metadata.extra)

@@ -30,7 +30,14 @@ ALONE = {"delta_out": OUT, "delta_in": IN}
 PREFIXES = ("module.", "_orig_mod.", "unet.")
 """Before all names, when the model was saved from inside a wrapper."""
 DEFAULT_STEPS = 1000
+SCALED = "scaled"
+"""In our note: name in diffusers of each layer of the scale set, to whether it has input scales."""
 AGAIN = "save or download it again"
+INTEGER_TYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+LARGEST_SCALE = 2.0**24
+LARGEST_ZERO = 2.0**40
+"""Of a real model no scale is above the first, and no zero point above the second: their quantizer
+gives a channel whose weights are all alike a step of 1e-8, and so a zero point of 1e8 of them."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,10 @@ class TuneqdmState:
 
 
 def is_state(found: object) -> bool:
-    """Whether what a PyTorch file holds is such a state."""
-    state = found.get(STATE, found) if isinstance(found, dict) else None
-    return isinstance(state, dict) and any(
-        isinstance(key, str) and key.endswith((f".{OUT}", *(f".{a}" for a in ALONE)))
-        for key in state)
+    """Whether what a PyTorch file holds is such a state, or one that lacks its scales."""
+    endings = tuple(f".{piece}" for piece in (INTEGERS, OUT, IN, *ALONE))
+    return isinstance(found, dict) and (STATE in found or any(
+        isinstance(key, str) and key.endswith(endings) for key in found))
 
 
 def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
@@ -116,13 +122,16 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
     ours, scales = _ours(found if STATE in found else {})
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise _damaged(path, "its config is no mapping of settings")
-    tensors = dict(found.get(STATE, found))
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise _damaged(path, f"its {STATE} holds something else than tensors")
+    tensors = found.get(STATE, found)
+    if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
+        raise _damaged(path, f"its {STATE} holds something else than tensors by name")
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     pieces, floats = _pieces(tensors)
+    if not any(OUT in own for own in pieces.values()):
+        raise _damaged(path, f"no layer has its output scales ({OUT})")
     experts = {t.shape[0] for own in pieces.values() for k, t in own.items()
                if k in (OUT, IN) and t.dim()}
     said = config.get("num_experts", max(experts, default=1))
@@ -138,9 +147,18 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
               for name, own in pieces.items()}
     layers, width = _with_bits(path, layers, config.get("n_bits"), widths)
     for name, value in floats.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise _damaged(path, f"{name[:100]} is not finite, or no float")
+        _finite(path, name[:100], value)
     return TuneqdmState(layers, floats, dict(config), said, steps, width, ours)
+
+
+def _finite(path: str, label: str, value: Tensor, largest: float = math.inf) -> Tensor:
+    """A tensor of floats as float32; refused with NaN or with more than a model has."""
+    numbers = value.to(torch.float32) if value.is_floating_point() else None
+    if numbers is None or not bool(numbers.isfinite().all()):
+        raise _damaged(path, f"{label} is not finite, or no float")
+    if numbers.numel() and (most := float(numbers.abs().max())) > largest:
+        raise _damaged(path, f"{label} has a value of {most:.3g}, which no model has")
+    return numbers
 
 
 def _damaged(path: str, how: str) -> QuantTuneError:
@@ -151,11 +169,11 @@ def _ours(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """This program's note, as far as it is what `to_state` writes."""
     try:
         facts = json.loads(found[OURS])
-        bits, told = facts["bits"], facts.get("scales", {})
+        bits, told, scaled = facts["bits"], facts.get("scales", {}), facts.get(SCALED, {})
         kinds = {"base_name": str, "subject": str, "bits": int, "steps": int, "seed": int,
                  "extra": dict}
         whole = isinstance(bits, dict) and all(type(b) is int for b in bits.values()) and all(
-            type(told[key]) is kinds[key] for key in told)
+            type(told[key]) is kinds[key] for key in told) and isinstance(scaled, dict)
         scales = found[OUR_SCALES]
         whole = whole and all(isinstance(s, Tensor) and s.dtype == torch.float32
                               and s.dim() == 2 and len(s) == 2 and bool(s.isfinite().all())
@@ -192,11 +210,11 @@ def _layer(path: str, name: str, own: Mapping[str, Tensor], experts: int, symmet
     shape = tuple(integers.shape) if integers is not None else (
         out, s_in.shape[2] if s_in is not None and s_in.dim() > 2 else 0)
     wanted = {OUT: (experts, shape[0]), IN: (experts, 1, *shape[1:2])}
-    if integers is not None and (integers.is_floating_point() or integers.is_complex()
-                                 or integers.dtype == torch.bool or integers.dim() < 2
-                                 or not integers.numel() or integers.is_quantized):
+    if integers is not None and (integers.dtype not in INTEGER_TYPES or integers.dim() < 2
+                                 or not integers.numel()):
         raise _damaged(path, f"{label}.{INTEGERS} is {list(shape)} {integers.dtype}, no integer "
                              "weight")
+    scales: dict[str, Tensor | None] = {OUT: None, IN: None}
     for piece, value in ((OUT, s_out), (IN, s_in)):
         if value is None:
             continue
@@ -204,24 +222,26 @@ def _layer(path: str, name: str, own: Mapping[str, Tensor], experts: int, symmet
         if tuple(value.shape[:len(start)]) != start or value.numel() != math.prod(start):
             raise _damaged(path, f"{label}.{piece} has the shape {list(value.shape)}, which does "
                                  f"not fit {experts} experts of a weight {list(shape)}")
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise _damaged(path, f"{label}.{piece} is not finite, or no float")
+        scales[piece] = _finite(path, f"{label}.{piece}", value, LARGEST_SCALE).reshape(
+            experts, -1)
     zero = own.get(ZERO)
     if zero is None and symmetric:
         zero = torch.zeros(shape[0])
     if zero is None and integers is not None:
         raise _damaged(path, f"the layer {label} has no {ZERO}")
     if zero is not None:
-        if zero.numel() != shape[0] or zero.is_complex():
+        if zero.numel() != shape[0]:
             raise _damaged(path, f"{label}.{ZERO} has the shape {list(zero.shape)}, which does not "
                                  f"fit a weight {list(shape)}")
+        if not zero.is_floating_point() and zero.dtype not in INTEGER_TYPES:
+            raise _damaged(path, f"{label}.{ZERO} is {zero.dtype}, no numbers")
         zero = zero.flatten().to(torch.float32)
         if not bool((zero.isfinite() & (zero == zero.round())).all()):
             raise _damaged(path, f"{label}.{ZERO} is not whole numbers")
+        _finite(path, f"{label}.{ZERO}", zero, LARGEST_ZERO)
     s0, z = own_scales if own_scales is not None and own_scales.shape[1:] == shape[:1] else (
         None, None)
-    s_in = None if s_in is None else s_in.reshape(experts, -1).to(torch.float32)
-    return StateLayer(integers, zero, s_out.reshape(experts, -1).to(torch.float32), s_in, 8, s0, z)
+    return StateLayer(integers, zero, scales[OUT], scales[IN], 8, s0, z)
 
 
 def _with_bits(path: str, layers: Mapping[str, StateLayer], said: object,

@@ -15,7 +15,7 @@ from quanttune.quant.tuneqdm_convert import (
     quantize_as_authors,
     to_state,
 )
-from quanttune.quant.tuneqdm_state import read_state
+from quanttune.quant.tuneqdm_state import is_state, read_state
 from quanttune.tests.quant.tuneqdm_files import authors_state, signed, their_weight
 
 
@@ -132,6 +132,35 @@ def test_ours_there_and_back(bits, path):
     for name, own in given.items():
         assert torch.allclose(scales.layers[name].r_out, own.r_out, rtol=3e-7, atol=0)
         assert torch.equal(scales.layers[name].s_in, own.s_in)
+
+
+@pytest.mark.parametrize("inputs", ["none", "some"])
+def test_sets_of_fewer_scales_come_back_as_they_are(inputs, path):
+    """Their code wants both scales in every layer: what was not there is ones, and noted."""
+    from quanttune.quant import LayerScales, QuantizedWeight, QuantSpec, ScaleSet
+
+    net, generator = Net(), torch.Generator().manual_seed(3)
+    layers = {ours: QuantizedWeight.quantize(net.get_submodule(name).weight, QuantSpec(4))
+              for name, ours in NAMES.items()}
+    given = {n: LayerScales(1 + 0.1 * torch.randn(2, layers[n].shape[0], generator=generator))
+             for n in ("a.0", "b.op")}
+    if inputs == "some":
+        given["b.op"] = LayerScales(given["b.op"].r_out, torch.ones(2, 3))
+    state = to_state(layers, floats(), ScaleSet(given, 2, 1000), TENSORS)
+    assert sum(key.endswith("delta_in_experts") for key in state["delta_state"]) == len(layers)
+    _, scales = from_state(written(path, state), NAMES)
+    assert scales.layers.keys() == given.keys()
+    for name, own in given.items():
+        found = scales.layers[name]
+        assert torch.allclose(found.r_out, own.r_out, rtol=3e-7, atol=0)
+        assert (found.s_in is None) == (own.s_in is None), name
+        assert own.s_in is None or torch.equal(found.s_in, own.s_in)
+    # What was trained since then counts, whatever the note says.
+    state["delta_state"]["fc.delta_in_experts"] *= 1.5
+    state["delta_state"]["one.delta_out_experts"] *= 1.5
+    _, scales = from_state(written(path, state), NAMES)
+    assert scales.layers.keys() == {*given, "b.one"}
+    assert bool((scales.layers["a.0"].s_in == 1.5).all())
 
 
 def test_mixed_widths_come_back(path):
@@ -307,11 +336,66 @@ class TestHostile:
         state = authors_state(Net(), 8, 2)
         refused(path, {**state, "config": {**state["config"], **change}}, match)
 
-    @pytest.mark.parametrize("found", [
-        [], {}, {"delta_state": 3}, {"delta_state": {}}, {"fc.weight": torch.zeros(2)}, 3,
-        {"delta_state": {"fc.weight_int": torch.zeros(2, 2, dtype=torch.int8)}}])
+    @pytest.mark.parametrize("found", [[], {}, {"fc.weight": torch.zeros(2)}, 3])
     def test_something_else(self, found, path):
         refused(path, found, "is no state of TuneQDM")
+        assert not is_state(found)
+
+    @pytest.mark.parametrize("found, match", [
+        ({"delta_state": 3}, "holds something else than tensors"),
+        ({"delta_state": {}}, "no layer has its output scales"),
+        ({"fc.weight_int": torch.zeros(2, 2, dtype=torch.int8)}, "no layer has its output scales"),
+        ({"delta_state": {"fc.delta_in_experts": torch.ones(1, 1, 2)}}, "no layer has its output"),
+    ])
+    def test_a_state_without_its_scales_is_one(self, found, match, path):
+        assert is_state(found)
+        refused(path, found, match)
+
+    @pytest.mark.parametrize("piece", ["delta_out_experts", "delta_in_experts"])
+    @pytest.mark.parametrize("change, match", [
+        (lambda t: t.to(torch.complex64), "no float"), (lambda t: t.bool(), "no float"),
+        (lambda t: t.int(), "no float"), (lambda t: t / 0, "not finite"),
+        (lambda t: t * torch.nan, "not finite"), (lambda t: t.double() * 1e300, "not finite"),
+        (lambda t: t * 1e30, "which no model has")])
+    def test_scales_of_no_model(self, piece, change, match, path):
+        state = authors_state(Net(), 8, 2)
+        key = f"fc.{piece}"
+        state["delta_state"][key] = change(state["delta_state"][key])
+        refused(path, state, f"{key} .*{match}")
+
+    @pytest.mark.parametrize("value, match", [
+        (torch.full((5, 1), 1e30), "has a value of 1e.30, which no model has"),
+        (torch.full((5, 1), 1e300, dtype=torch.float64), "not whole numbers"),
+        (torch.ones(5, 1, dtype=torch.bool), "torch.bool, no numbers"),
+        (torch.ones(5, 1, dtype=torch.complex64), "torch.complex64, no numbers"),
+        (torch.full((5, 1), 1.25), "not whole numbers")])
+    def test_zero_points_of_no_model(self, value, match, path):
+        state = authors_state(Net(), 8, 2)
+        state["delta_state"]["fc.zero_point"] = value
+        refused(path, state, match)
+
+    def test_zero_points_of_a_channel_whose_weights_are_all_alike(self, path):
+        """Their quantizer gives it a step of 1e-8."""
+        net = Net()
+        net.fc.weight.data[0] = 0.75
+        state = authors_state(net, 8, 2, amount=0.0)
+        assert state["delta_state"]["fc.zero_point"].abs().max() > 5e7
+        layers, scales = from_state(written(path, state), NAMES)
+        found = ours_weight(layers, scales, "a.0", 1)
+        assert torch.allclose(found[0], net.fc.weight[0], rtol=1e-6)
+
+    @pytest.mark.parametrize("key", ["fc.weight_int", "fc.zero_point", "fc.delta_out_experts",
+                                     "fc.delta_in_experts", "fc.bias"])
+    @pytest.mark.parametrize("change", [lambda t: t.to_sparse(), lambda t: t.to("meta"),
+                                        lambda t: t.to(torch.uint16)])
+    def test_tensors_of_odd_kinds(self, key, change, path):
+        state = authors_state(Net(), 8, 2)
+        state["delta_state"][key] = change(state["delta_state"][key])
+        if key == "fc.zero_point" and change(torch.ones(1)).dtype == torch.uint16:
+            match = "no numbers"
+        else:
+            match = "no integer weight|no float|is no plain tensor"
+        refused(path, state, match)
 
     def test_code(self, path):
         refused(path, {"delta_state": {"fc.delta_out_experts": print}}, "holds more than weights")
