@@ -4,67 +4,106 @@ Of 4 bits: ``L.weight`` uint8, ``L.weight.absmax``, ``L.weight.quant_map``, with
 quantization ``L.weight.nested_absmax`` and ``L.weight.nested_quant_map``, and
 ``L.weight.quant_state.bitsandbytes__nf4`` (or ``fp4``), JSON as bytes. Of LLM.int8: ``L.weight``
 int8, ``L.SCB`` and maybe ``L.weight_format``. Names are the host's (with or without its prefix) or
-those of diffusers.
+those of diffusers. A model in several files (shards) has an index of them beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_detection
-import comfy.utils
 import torch
 from torch import Tensor
 
-from ..quant import QuantizedCheckpoint, QuantTuneError
+from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
-from .diffusers_unet import host_config
+from .diffusers_files import fault, shards
 from .stock_int8 import PREDICTION_MARKS
+from .unet_names import DIFFUSERS, detect, find_unet, host_names
+from .unet_source import INDEX, SCB, STATE, V_SIGN, settings_beside, unet_metadata
 
-STATE = ".weight.quant_state.bitsandbytes__"
-SCB, FORMAT = ".SCB", ".weight_format"
+FORMAT = ".weight_format"
 ROW = ("row", 0)
 """What the only layout of int8 weights that files hold is called, as text and as number."""
-MARK = "conv_in.weight"
-"""Only a UNet in diffusers' names has it."""
 LARGEST_BLOCK = 4096
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+"""How the files are called that a large model was cut into."""
 
 
 def is_bnb_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a safetensors file holds layers of bitsandbytes, by its header alone."""
+    """Whether a safetensors file holds layers of bitsandbytes, by its header alone.
+
+    So does one shard of a model where another one does, and the index of its shards.
+    """
     try:
-        _, shapes = read_header(path)
+        names = {name for file in _files(os.fspath(path)) for name in read_header(file)[1]}
+    except QuantTuneError:
+        return SHARD.fullmatch(os.path.basename(path)) is not None and _packed(path)
+    return any(STATE in key or key.endswith(SCB) for key in names)
+
+
+def _packed(path: str | os.PathLike[str]) -> bool:
+    """`is_bnb_file` of one file alone."""
+    try:
+        return any(STATE in key or key.endswith(SCB) for key in read_header(path)[1])
     except QuantTuneError:
         return False
-    return any(STATE in key or key.endswith(SCB) for key in shapes)
+
+
+def _files(path: str) -> list[str]:
+    """The files of a model: this one, or all shards when it is one of them or their index.
+
+    Raises:
+        QuantTuneError: a shard without its index, or an index whose files are not all there.
+    """
+    name = os.path.basename(path)
+    match = SHARD.fullmatch(name)
+    if match is None and not name.endswith(INDEX):
+        return [path]
+    index = Path(path).with_name(f"{match[1]}.safetensors{INDEX}") if match else Path(path)
+    files, trouble = shards(index)
+    if trouble is None and match and name not in {file.name for file in files}:
+        trouble = f"{index.name} does not name this file"
+    for file in () if trouble else files:
+        if what := fault(file):
+            trouble = f"{file.name} {what}"
+            break
+    if trouble:
+        raise QuantTuneError(f"The file {name} is a part of a model whose parts are not whole: "
+                             f"{trouble}; put all of them and their index into one folder.")
+    return [os.fspath(file) for file in files]
 
 
 def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
     """The UNet of such a file, its codes as they are.
 
     Scales that were quantized themselves (double quantization) become floats, to the same values.
-    A ``config.json`` of diffusers beside the file says what UNet it is; without one ComfyUI's own
-    detection does.
+    What no shape tells comes from diffusers' ``config.json`` beside the file, and from the
+    scheduler of its pipeline, as for float models (`unet_source`).
 
     Raises:
         QuantTuneError: a damaged file or layer, or a model that this ComfyUI does not know.
     """
     path = os.fspath(path)
-    _, tensors = read_with_strings(path)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    tensors = {name: value for file in _files(path)
+               for name, value in read_with_strings(file)[1].items()}
+    prefix, kind = find_unet(tensors) or (
+        comfy.model_detection.unet_prefix_from_state_dict(tensors), "")
     if not any(key.startswith(prefix) for key in tensors):
         prefix = ""
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     layers = {}
     for key in list(own):
         if STATE in key:
-            name, _, kind = key.partition(STATE)
-            layers[name] = _four_bit(path, name, kind, own)
+            name, _, form = key.partition(STATE)
+            layers[name] = _four_bit(path, name, form, own)
         elif key.endswith(SCB):
             name = key.removesuffix(SCB)
             layers[name] = _int8(path, name, own)
@@ -74,37 +113,41 @@ def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
             raise QuantTuneError(
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; save the model again.")
-    config, names = _config(path, {**own, **{
-        f"{n}.weight": torch.empty(w.shape, device="meta") for n, w in layers.items()}})
-    if names is not None:
-        if unknown := sorted(n for n in own if n not in names):
+    if kind == DIFFUSERS:
+        names = host_names([*own, *(f"{n}.weight" for n in layers)])
+        marks = {n: own.pop(n) for n in PREDICTION_MARKS & own.keys()}
+        if unknown := sorted({*own, *(f"{n}.weight" for n in layers)} - names.keys()):
             raise QuantTuneError(f"The file {os.path.basename(path)} holds a tensor "
                                  f"'{unknown[0]}' that is no part of such a UNet; save the model "
                                  "again.")
-        own = {names[n]: v for n, v in own.items()}
+        own = {names[n]: v for n, v in own.items()} | marks
         layers = {names[f"{n}.weight"].removesuffix(".weight"): w for n, w in layers.items()}
-    name = os.path.basename(path)
-    metadata = describe_config(config, own, name, {"source": name, "bits": 8, "symmetric": True})
+    metadata = _metadata(Path(path), own, layers, kind)
     for mark in PREDICTION_MARKS & own.keys():
         del own[mark]
     return QuantizedCheckpoint(metadata, layers, own)
 
 
-def _config(path: str, shapes: Mapping[str, Tensor]):
-    """The host's model config of a UNet, and diffusers' names of its tensors if it has those."""
-    if MARK not in shapes:
-        config = comfy.model_detection.model_config_from_unet(dict(shapes), "")
-        names = None
-    else:
-        beside = Path(path).with_name("config.json")
-        config = (host_config(beside) if beside.is_file()
-                  else comfy.model_detection.model_config_from_diffusers_unet(dict(shapes)))
-        names = None if config is None else comfy.utils.unet_to_diffusers(config.unet_config)
-    if config is None:
-        raise QuantTuneError(
-            f"The file {os.path.basename(path)} holds no UNet that this ComfyUI knows; put the "
-            "config.json of diffusers beside it, or choose another file.")
-    return config, names
+def _metadata(path: Path, own: Mapping[str, Tensor], layers: Mapping[str, BnbWeight],
+              kind: str) -> UNetMetadata:
+    """What our files say of such a UNet; ``kind`` is that of `unet_names.find_unet` or nothing."""
+    provenance = {"source": path.name, "bits": 8, "symmetric": True}
+    full = {f"{name}.weight": torch.empty(w.shape, device="meta") for name, w in layers.items()}
+    if not kind:  # no UNet of Stable Diffusion; ComfyUI may know it all the same
+        config = comfy.model_detection.model_config_from_unet({**own, **full}, "")
+        if config is None:
+            raise QuantTuneError(f"The file {path.name} holds no model that this ComfyUI knows; "
+                                 "choose another file.")
+        return describe_config(config, own, path.name, provenance)
+    shapes = {name: tuple(value.shape) for name, value in {**own, **full}.items()
+              if name not in PREDICTION_MARKS}
+    family, unet_config = detect(shapes, f"The UNet in {path}")
+    told = {name: own[name] for name in (*PREDICTION_MARKS, V_SIGN) if name in own}
+    folder = path.parent
+    pipeline = folder.parent if folder.name == "unet" else None
+    made = unet_metadata(shapes, family, unet_config, told, settings_beside(folder), folder,
+                         pipeline)
+    return replace(made, provenance=provenance)
 
 
 def _four_bit(path: str, name: str, kind: str, tensors: dict) -> BnbWeight:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import comfy.model_base
-import comfy.supported_models
 import comfy.utils
 
 from ..quant import QuantTuneError
@@ -87,62 +84,6 @@ def diffusers_config(model) -> dict[str, Any]:
         result["projection_class_embeddings_input_dim"] = embedded
         result |= ({"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
                    if _told_sizes(model) else {"class_embed_type": "projection"})
-    return result
-
-
-def host_config(path: Path):
-    """The host's model config for a ``config.json`` of diffusers' `UNet2DConditionModel`.
-
-    Raises:
-        QuantTuneError: no such file, or a UNet that is not of SD1.x, SD2.x or SDXL's kind.
-    """
-    def wrong(what: str) -> QuantTuneError:
-        return QuantTuneError(f"The file {path} {what}, so that its UNet cannot be built; download "
-                              "it again, or take a model of SD1.x, SD2.x or SDXL.")
-
-    try:
-        told = json.loads(path.read_text("utf-8"))
-        widths, blocks = list(told["block_out_channels"]), told.get("layers_per_block", 2)
-        blocks = [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
-        deep = told.get("transformer_layers_per_block", 1)
-        deep = [deep] * len(widths) if isinstance(deep, int) else list(deep)
-        attends = ["CrossAttn" in kind for kind in told["down_block_types"]]
-        levels = [d * a for d, a in zip(deep, attends, strict=True)]
-        heads = told["attention_head_dim"]
-        per_level = heads if isinstance(heads, list) else [heads] * len(widths)
-        sizes = {w // h for w, h in zip(widths, per_level, strict=True)}
-        embedded = told.get("projection_class_embeddings_input_dim")
-        config = {
-            "image_size": 32, "use_checkpoint": False, "use_spatial_transformer": True,
-            "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False,
-            "in_channels": int(told["in_channels"]), "out_channels": int(told["out_channels"]),
-            "model_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
-            "num_res_blocks": blocks, "context_dim": int(told["cross_attention_dim"]),
-            "transformer_depth": [d for d, n in zip(levels, blocks) for _ in range(n)],
-            "transformer_depth_output": [d for d, n in zip(levels, blocks) for _ in range(n + 1)],
-            "transformer_depth_middle": deep[-1], "adm_in_channels": embedded,
-            "use_linear_in_transformer": told.get("use_linear_projection") is True,
-            **({"num_classes": "sequential"} if embedded is not None else {}),
-        }
-        numbers = [*widths, *blocks, *deep, *per_level]
-        if len(blocks) != len(widths) or not all(
-                type(n) is int and 0 < n < 2**16 for n in numbers):
-            raise ValueError("sizes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError,
-            RecursionError):
-        raise wrong("cannot be read as the settings of a UNet") from None
-    families = comfy.supported_models
-    if told.get("addition_embed_type") == "text_time":
-        family = families.SDXLRefiner if config["context_dim"] == 1280 else families.SDXL
-    else:
-        family = families.SD20 if config["use_linear_in_transformer"] else families.SD15
-    result = family(dict(config))
-    result.unet_config.update(config)
-    result.unet_config |= ({"num_heads": heads, "num_head_channels": -1}
-                           if not isinstance(heads, list) else
-                           {"num_heads": -1, "num_head_channels": max(sizes)})
-    if isinstance(heads, list) and len(sizes) > 1:
-        raise wrong("gives its levels heads of different sizes")
     return result
 
 

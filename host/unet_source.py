@@ -31,6 +31,8 @@ from .unet_names import DIFFUSERS, detect, find_unet, host_names
 UNET_CLASS = "UNet2DConditionModel"
 INDEX = ".index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+STATE, SCB = ".weight.quant_state.bitsandbytes__", ".SCB"
+"""In the names of what bitsandbytes keeps beside a weight of 4 bits, and of int8."""
 AGAIN = "download it again or choose another file"
 CANNOT = "which ComfyUI's UNet cannot be; load the model with diffusers, or choose another one"
 SD_SCHEDULE = {"linear_start": 0.00085, "linear_end": 0.012}
@@ -121,9 +123,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
         if what := fault(path):
             raise QuantTuneError(f"The file {path} {what}; {AGAIN}.")
         files = [path]
-    # A file of a diffusers folder has its settings beside it.
-    folder = ModelFolder(path.parent)
-    config = folder.json("config.json") if is_unet(path.parent) else None
+    config = settings_beside(path.parent)
     pipeline = path.parent.parent if path.parent.name == "unet" else None
     return _of_files(files, name, where, config, path.parent, pipeline)
 
@@ -142,6 +142,18 @@ def _of_folder(path: Path, name: str) -> UNetSource:
             "needed; choose the folder of an SD1.x, SD2.x or SDXL model.")
     files = folder.weight_files(part)
     return _of_files(files, name, f"The UNet in {path / part}", config, path / part, pipeline)
+
+
+def settings_beside(folder: Path) -> dict | None:
+    """The settings of the UNet in a folder; None where there are none, or those of another model.
+
+    Raises:
+        QuantTuneError: a ``config.json`` that cannot be read, so that nobody knows.
+    """
+    if not (folder / "config.json").exists():
+        return None
+    config = ModelFolder(folder).json("config.json")
+    return config if config.get("_class_name") == UNET_CLASS else None
 
 
 def is_unet(folder: Path) -> bool:
@@ -164,6 +176,9 @@ def _of_files(paths: list[Path], name: str, where: str, config: dict | None, fol
     if any(key.endswith(".weight_int") for key in places):
         raise QuantTuneError(f"{where} holds the integers of TuneQDM; choose the file "
                              "tuneqdm_state.pt that lies beside it.")
+    if any(STATE in key or key.endswith(SCB) for key in places):
+        raise QuantTuneError(f"{where} holds layers of bitsandbytes; load it with 'Load Quantized "
+                             "UNet', or choose an fp32, fp16, bf16 or fp8 file of the model.")
     found = find_unet(places)
     if found is None:
         raise QuantTuneError(f"{where.replace('The UNet in', 'The file')} holds no Stable "

@@ -131,7 +131,8 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     pieces, floats = _pieces(tensors)
     if not any(OUT in own for own in pieces.values()):
-        raise _damaged(path, f"no layer has its output scales ({OUT})")
+        raise QuantTuneError(f"The TuneQDM state {path} lacks the output scales ({OUT}) of every "
+                             "layer; choose the tuneqdm_state.pt of a training.")
     experts = {t.shape[0] for own in pieces.values() for k, t in own.items()
                if k in (OUT, IN) and t.dim()}
     said = config.get("num_experts", max(experts, default=1))

@@ -201,18 +201,111 @@ class TestHostileFiles:
         with pytest.raises(QuantTuneError, match="'extra' that is no part"):
             load_model(str(path), "x")
 
-    @pytest.mark.parametrize("change", [
-        {"block_out_channels": [0, 0]}, {"down_block_types": 3}, {"attention_head_dim": []},
-        {"layers_per_block": [2]}, {"block_out_channels": [2**40, 2**41]}])
-    def test_settings(self, files, tmp_path, change):
+    @pytest.mark.parametrize("change, words", [
+        ({"block_out_channels": [0, 0]}, "says block_out_channels"),
+        ({"block_out_channels": [2**40, 2**41]}, "says block_out_channels"),
+        ({"block_out_channels": [64, 128]}, "is not of the weights beside it"),
+        ({"attention_head_dim": []}, "says attention_head_dim"),
+        ({"attention_head_dim": 7}, "says attention_head_dim = 7"),
+        ({"act_fn": "gelu"}, "says act_fn = gelu"),
+        (None, "config.json cannot be read")])
+    def test_settings(self, files, tmp_path, change, words):
         from quanttune.host.build import load_model
         from quanttune.quant import QuantTuneError
 
         folder = shutil.copytree(files[0], tmp_path / "changed")
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(QuantTuneError):
+        (folder / "config.json").write_text("{" if change is None
+                                            else json.dumps({**config, **change}))
+        with pytest.raises(QuantTuneError, match=words):
             load_model(str(folder / FILE), "x")
-        (folder / "config.json").unlink()
-        with pytest.raises(QuantTuneError, match="config.json of diffusers beside it"):
-            load_model(str(folder / FILE), "x")
+
+
+def test_settings_of_diffusers_beside_it(tmp_path):
+    """One reader for all files: the scheduler says what the UNet predicts, heads are the file's."""
+    from quanttune.host.build import load_model
+
+    folder, _ = saved_by_diffusers(models.small_model("SD20"), DOUBLE)
+    pipeline = tmp_path / "model"
+    unet = Path(shutil.copytree(folder, pipeline / "unet"))
+    (pipeline / "scheduler").mkdir()
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    for prediction, expected in (("v_prediction", "V_PREDICTION"), ("epsilon", "EPS")):
+        scheduler.write_text(json.dumps({
+            "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_end": 0.012,
+            "beta_start": 0.00085, "num_train_timesteps": 1000, "prediction_type": prediction}))
+        loaded = load_model(str(unet / FILE), "x")
+        assert loaded.model.model_type.name == expected
+    heads = json.loads((unet / "config.json").read_text())["attention_head_dim"]
+    found = loaded.model.model_config.unet_config
+    widths = [found["model_channels"] * m for m in found["channel_mult"]]
+    own = ([found["num_heads"]] * len(widths) if found["num_heads"] > 0
+           else [w // found["num_head_channels"] for w in widths])
+    assert own == (heads if isinstance(heads, list) else [heads] * len(widths))
+    # Without any settings ComfyUI's own rules hold.
+    shutil.copy(unet / FILE, tmp_path / "alone.safetensors")
+    assert load_model(str(tmp_path / "alone.safetensors"), "x").model.model_type.name == "EPS"
+
+
+def test_a_reader_of_float_models_names_the_right_node(tmp_path):
+    from quanttune.host.unet_source import open_unet
+    from quanttune.quant import QuantTuneError
+
+    for options in (DOUBLE, INT8):
+        folder, _ = saved_by_diffusers(models.small_model(), options)
+        with pytest.raises(QuantTuneError, match="'Load Quantized UNet'"):
+            open_unet(folder)
+
+
+class TestShards:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A model in two files, the second without a layer of bitsandbytes."""
+        folder, _ = saved_by_diffusers(models.small_model(), DOUBLE)
+        state = load_file(folder / FILE)
+        whole = {k for k in state if any(k.startswith(p) for p in ("conv_", "time_"))}
+        parts = ({k: v for k, v in state.items() if k not in whole},
+                 {k: state[k] for k in whole if "linear" not in k})
+        parts[0].update({k: state[k] for k in whole if "linear" in k})
+        names = [FILE.replace(".", f"-0000{i}-of-00002.") for i in (1, 2)]
+        for name, part in zip(names, parts):
+            save_file(part, folder / name)
+        (folder / f"{FILE}.index.json").write_text(json.dumps(
+            {"weight_map": {k: n for n, part in zip(names, parts) for k in part}}))
+        return folder, names
+
+    def test_any_of_them_stands_for_all(self, folder):
+        from quanttune.host.build import load_model
+
+        folder, names = folder
+        model = load_model(str(folder / FILE), "whole")
+        arguments = models.inputs(model)
+        expected = models.forward(model, arguments)
+        for name in (*names, f"{FILE}.index.json"):
+            found = models.forward(load_model(str(folder / name), name), arguments)
+            assert torch.equal(found, expected), name
+
+    def test_parts_that_are_not_whole(self, folder, tmp_path):
+        from quanttune.host.build import load_model
+        from quanttune.quant import QuantTuneError
+
+        folder, names = folder
+        alone = tmp_path / names[0]
+        shutil.copy(folder / names[0], alone)
+
+        def told(path, words):
+            with pytest.raises(QuantTuneError, match=words) as caught:
+                load_model(str(path), "x")
+            message = str(caught.value)
+            assert names[0] in message and "\n" not in message and ". " not in message
+
+        told(alone, "index.json is missing; put all of them")
+        index = tmp_path / f"{FILE}.index.json"
+        shutil.copy(folder / index.name, index)
+        told(alone, f"{names[1]} is missing")
+        (tmp_path / names[1]).write_bytes((folder / names[1]).read_bytes()[:-9])
+        told(alone, f"{names[1]} is cut short")
+        index.write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+        told(alone, "does not name this file")
+        index.write_text("{")
+        told(alone, "does not list the files")
