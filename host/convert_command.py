@@ -80,7 +80,7 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
 
     No more of it is in memory at once than a layer.
     """
-    from .import_qdiffusion import WHAT, check_complete, describe_qdiffusion, doubt
+    from .import_qdiffusion import WHAT, check_complete, describe_qdiffusion, doubts
 
     _check_suffix(options.out)
     state = load_qdiffusion(path, options.bits)
@@ -98,8 +98,7 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
     else:
         lines.append(f"Family {metadata.family}; 'Load Quantized UNet' reads it from "
                      "models/quanttune.")
-    if state.doubtful:
-        lines.append(f"Careful: {doubt(state, path)}")
+    lines += [f"Careful: {line}" for line in doubts(state, path)]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from comfy.utils import ProgressBar
 
 from ..quant import QDiffusionCheckpoint, QuantizedCheckpoint, QuantTuneError, UNetMetadata
 from ..quant import load_qdiffusion as open_checkpoint
+from ..quant.qdiffusion import DOUBTFUL_CUT
 from .describe import describe_config, model_config
 from .float_model import check_fits, unbuilt
 
@@ -38,8 +39,8 @@ def read_qdiffusion(path: str, bits: int | None = None) -> QuantizedCheckpoint:
             f"The file {os.path.basename(path)} holds {WHAT[metadata.family]}, which ComfyUI has "
             "no model for; choose one of Stable Diffusion 1.x, or convert it with 'python -m "
             "quanttune convert' for use in Python.")
-    if state.doubtful:
-        logging.warning(doubt(state, path))
+    for line in doubts(state, path):
+        logging.warning(line)
     progress = ProgressBar(len(state.layers))
     layers = {}
     for name, layer in state.layers.items():
@@ -77,11 +78,17 @@ def check_complete(state: QDiffusionCheckpoint, metadata: UNetMetadata, name: st
     check_fits(skeleton.diffusion_model, shapes, where)
 
 
-def doubt(state: QDiffusionCheckpoint, path: str) -> str:
-    """A sentence about layers that look as if they had another bit width than the file."""
-    return (f"{len(state.doubtful)} layers of {os.path.basename(path)} look as if they had another "
-            f"bit width than the others' {state.bits}: {', '.join(state.doubtful[:3])}"
-            f"{' ...' if len(state.doubtful) > 3 else ''}.")
+def doubts(state: QDiffusionCheckpoint, path: str) -> list[str]:
+    """Sentences about bits that may not be the file's: in some layers, or as they were declared."""
+    name, lines = os.path.basename(path), []
+    if state.cut > DOUBTFUL_CUT:
+        lines.append(f"With {state.bits} bits {state.cut:.0%} of the weights of {name} are cut off "
+                     "at an end of their range: it looks like a file of more bits.")
+    if state.doubtful:
+        lines.append(f"{len(state.doubtful)} layers of {name} look as if they had another bit "
+                     f"width than the others' {state.bits}: {', '.join(state.doubtful[:3])}"
+                     f"{' ...' if len(state.doubtful) > 3 else ''}.")
+    return lines
 
 
 def _config(tensors: dict):

@@ -27,7 +27,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .qdiffusion_layer import QDiffusionLayer, Rounding
 from .spec import SUPPORTED_BITS
-from .torch_archive import StoredTensor, TensorArchive
+from .torch_archive import StoredTensor, TensorArchive, is_archive
 
 FIRST, SECOND = ".weight_quantizer.", ".weight_quantizer_0."
 ACTIVATIONS = ".act_quantizer"
@@ -37,6 +37,14 @@ WIDTHS = ((64.0, 8), (10.0, 4), (5.0, 3))
 """Steps between a channel's lowest and highest weight, and the bits of more than that; else 2."""
 LEAST_USED = 4
 """A declared width is refused when a typical channel uses less than this part of its integers."""
+MOST_CUT, DOUBTFUL_CUT = 0.6, 0.25
+"""Parts of all weights that a declared width may cut off at an end of its range: with more than the
+first it is refused, with more than the second it is told. Steps searched for the least error cut
+off the tails alone (below 0.2); one bit too few cuts half of all weights, two bits most of them."""
+LARGEST_ZERO = 2.0**40
+"""Above any zero point: a channel whose weights are all alike has a step of 1e-8."""
+PICKLED, NAMES_WITHIN = b"\x80", 2**20
+"""How a file of torch's old format begins, and in how many bytes the first layers' names stand."""
 
 
 @dataclass
@@ -48,12 +56,15 @@ class QDiffusionCheckpoint:
         layers: name, as in LDM or DDPM and without a prefix, to `QDiffusionLayer`.
         floats: every other tensor by name (biases, norms), float32.
         doubtful: layers whose own weights look like another width than ``bits``.
+        cut: the part of all weights that declared bits cut off at an end of their range; 0 where
+            the bits are the file's own.
     """
 
     bits: int
     layers: dict[str, QDiffusionLayer]
     floats: dict[str, Tensor]
     doubtful: list[str]
+    cut: float = 0.0
 
 
 def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QDiffusionCheckpoint:
@@ -71,19 +82,20 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
     Raises:
         QuantTuneError: a file that is missing, damaged, pickled code or of another kind; a layer
             that lacks a tensor or has one of a wrong shape, NaN, or a step that is not above 0;
-            bits that the file cannot have.
+            bits that the file cannot have: too many for what its weights span, or so few that
+            most weights would be cut off.
     """
     if bits is not None and (isinstance(bits, bool) or bits not in SUPPORTED_BITS):
         raise QuantTuneError(f"bits is {bits!r}, but a checkpoint has 2, 3, 4 or 8.")
     archive = TensorArchive(path)
     tensors = _without_prefix(archive)
     names = [key.removesuffix(f"{FIRST}delta") for key in tensors if key.endswith(f"{FIRST}delta")]
-    found = {name: _Reader(archive.path, name, tensors).read() for name in names}
+    found = {name: _Reader(archive.path, name, tensors, bits).read() for name in names}
     for key in tensors:
         if ".weight_quantizer" in key:
             layer = key.partition(".weight_quantizer")[0]
             raise _wrong(archive.path, layer, f"lacks the tensor {layer}{FIRST}delta")
-    bits, typical = _bits(archive.path, found, bits)
+    bits, typical, cut = _bits(archive.path, found, bits)
     layers = {
         name: QDiffusionLayer(
             name,
@@ -95,7 +107,7 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
             weight,
             roundings,
         )
-        for name, (weight, split, roundings) in found.items()
+        for name, (weight, split, roundings, _) in found.items()
     }
     doubtful = [name for name, steps in typical.items() if (_width(steps) == 8) != (bits == 8)]
     floats = {
@@ -103,11 +115,21 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
         for key, tensor in tensors.items()
         if ACTIVATIONS not in key
     }
-    return QDiffusionCheckpoint(bits, layers, floats, doubtful)
+    return QDiffusionCheckpoint(bits, layers, floats, doubtful, cut)
 
 
 def is_qdiffusion(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a checkpoint of PyTorch with quantizers of Q-Diffusion in it."""
+    """Whether a file is a checkpoint of PyTorch with quantizers of Q-Diffusion in it.
+
+    One in torch's format from before 1.6 is one, too, though `load_qdiffusion` only says so.
+    """
+    if not is_archive(path):
+        try:
+            with open(path, "rb") as file:  # names stand before the numbers there
+                start = file.read(NAMES_WITHIN)
+            return start.startswith(PICKLED) and f"{FIRST}delta".encode() in start
+        except (OSError, ValueError):
+            return False
     try:
         return any(key.endswith(f"{FIRST}delta") for key in TensorArchive(path).tensors)
     except QuantTuneError:
@@ -153,8 +175,11 @@ def _wrong(path: str, layer: str, what: str) -> QuantTuneError:
 class _Reader:
     """Takes one layer's tensors out of those of a file and checks them."""
 
-    def __init__(self, path: str, name: str, tensors: dict[str, StoredTensor]):
-        self.path, self.name, self.tensors = path, name, tensors
+    def __init__(
+        self, path: str, name: str, tensors: dict[str, StoredTensor], declared: int | None
+    ):
+        self.path, self.name, self.tensors, self.declared = path, name, tensors, declared
+        self.cut = 0
 
     def wrong(self, what: str) -> QuantTuneError:
         return _wrong(self.path, self.name, what)
@@ -167,8 +192,8 @@ class _Reader:
             raise self.wrong(f"lacks the tensor {key[1:]}")
         return tensor
 
-    def read(self) -> tuple[StoredTensor, int | None, tuple[Rounding, ...]]:
-        """The weight, its split, and one or two roundings."""
+    def read(self) -> tuple[StoredTensor, int | None, tuple[Rounding, ...], int]:
+        """The weight, its split, one or two roundings, and how many weights are cut off."""
         weight = self.needed(".weight")
         if (
             not 2 <= len(weight.shape) <= 5
@@ -183,7 +208,7 @@ class _Reader:
         for prefix in (FIRST, SECOND):  # whatever else the authors' versions keep there
             for key in [k for k in self.tensors if k.startswith(f"{self.name}{prefix}")]:
                 del self.tensors[key]
-        return weight, split, self.roundings(weight, split, quantizers)
+        return weight, split, self.roundings(weight, split, quantizers), self.cut
 
     def quantizer(self, prefix: str, weight: StoredTensor):
         """Step, zero point (both ``[out]``) and alpha."""
@@ -203,6 +228,8 @@ class _Reader:
             raise self.wrong(f"has a {prefix[1:]}delta that is NaN, infinite or not above 0")
         if not bool((zero_point.isfinite() & (zero_point == zero_point.round())).all()):
             raise self.wrong(f"has a {prefix[1:]}zero_point that is not a whole number")
+        if float(zero_point.abs().max()) > LARGEST_ZERO:
+            raise self.wrong(f"has a {prefix[1:]}zero_point that no channel has")
         return delta, zero_point, self.take(f"{prefix}alpha")
 
     def split(self, weight: StoredTensor, alphas: list[StoredTensor | None]) -> int | None:
@@ -239,11 +266,17 @@ class _Reader:
             columns = [slice(0, split * inner), slice(split * inner, None)]
         steps = [torch.empty_like(delta) for delta, _, _ in quantizers]
         for block, values in weight.blocks():
-            for (delta, _, _), out, part in zip(quantizers, steps, columns):
-                low, high = torch.aminmax(values.flatten(1)[:, part], dim=1)
+            for (delta, zero_point, _), out, part in zip(quantizers, steps, columns):
+                own = values.flatten(1)[:, part]
+                low, high = torch.aminmax(own, dim=1)
                 if not bool((low.isfinite() & high.isfinite()).all()):
                     raise self.wrong("has NaN or infinite weights")
                 out[block] = (high - low) / delta[block]
+                if self.declared is not None:
+                    # Whichever way alpha rounds: what lies outside by half a step or more.
+                    u = (own / delta[block, None]).add_(zero_point[block, None])
+                    most = 2**self.declared - 0.5
+                    self.cut += int(((u < -0.5) | (u > most)).sum())
         return tuple(Rounding(*q, s) for q, s in zip(quantizers, steps))
 
 
@@ -251,10 +284,11 @@ def _width(steps: float) -> int:
     return next((bits for least, bits in WIDTHS if steps > least), 2)
 
 
-def _bits(path: str, found: dict, declared: int | None) -> tuple[int, dict[str, float]]:
-    """The bit width, and the median number of steps that a channel of each layer spans."""
+def _bits(path: str, found: dict, declared: int | None) -> tuple[int, dict[str, float], float]:
+    """The bit width, the median steps that a channel of each layer spans, and what is cut off."""
     each = {
-        name: torch.cat([r.steps for r in roundings]) for name, (_, _, roundings) in found.items()
+        name: torch.cat([r.steps for r in roundings])
+        for name, (_, _, roundings, _) in found.items()
     }
     median = float(torch.cat(list(each.values())).median())
     if declared is not None and median * LEAST_USED < 2**declared - 1:
@@ -263,4 +297,16 @@ def _bits(path: str, found: dict, declared: int | None) -> tuple[int, dict[str, 
             f"the median, as {_width(median)} bits do, of {2**declared - 1}; set bits to "
             f"{_width(median)} or leave it to the file."
         )
-    return declared or _width(median), {name: float(s.median()) for name, s in each.items()}
+    cut = sum(own for *_, own in found.values()) / sum(w.numel for w, *_ in found.values())
+    if cut > MOST_CUT:
+        own = _width(median)
+        cure = (
+            f"set bits to {own} or leave it to the file"
+            if own != declared
+            else ("download it again or choose another checkpoint")
+        )
+        raise QuantTuneError(
+            f"The file {path} cannot have {declared} bits: {cut:.0%} of its weights lie outside of "
+            f"0 to {2**declared - 1}, and would be cut off; {cure}."
+        )
+    return declared or _width(median), {name: float(s.median()) for name, s in each.items()}, cut

@@ -91,6 +91,29 @@ def test_layers_of_another_width_are_told(command, tmp_path):
     assert status == 0 and "Careful: 1 layers" in told and "out.2" in told
 
 
+def test_declared_bits_that_cut_weights_off_are_told(command, tmp_path):
+    source, out = tmp_path / "four.pth", tmp_path / "four.safetensors"
+    torch.save(synthetic(4), source)
+    status, told = command(source, out, "--bits", "2")
+    assert status == 1 and "cannot have 2 bits" in told and told.count("\n") == 1, told
+    assert not out.exists()
+    status, told = command(source, out, "--bits", "3")
+    assert status == 0 and "Careful: With 3 bits" in told and "cut off" in told
+
+
+def test_a_checkpoint_of_q_diffusion_from_before_torch_1_6(command, tmp_path):
+    from quanttune.host.build import load_model
+    from quanttune.quant import QuantTuneError
+
+    source, out = tmp_path / "old.pth", tmp_path / "old.safetensors"
+    torch.save(synthetic(4), source, _use_new_zipfile_serialization=False)
+    status, told = command(source, out)
+    assert status == 1 and told.count("\n") == 1, told
+    assert "no checkpoint of a PyTorch since 1.6; load it with torch and save it again" in told
+    with pytest.raises(QuantTuneError, match="since 1.6"):
+        load_model(str(source))
+
+
 def test_targets_are_refused_before_anything_is_read(command, tmp_path):
     source = tmp_path / "a.pth"
     torch.save(synthetic(4), source)

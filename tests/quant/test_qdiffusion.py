@@ -18,6 +18,7 @@ from quanttune.quant import (
     save_quantized_unet,
     torch_archive,
 )
+from quanttune.quant.qdiffusion import DOUBTFUL_CUT, MOST_CUT
 from quanttune.tests.quant.qdiffusion_files import (
     UNET,
     expected_codes,
@@ -127,6 +128,57 @@ def test_the_median_channel_tells_the_bits_and_an_input_overrides(tmp_path):
     path = saved(clipped, tmp_path, "clipped.pth")
     assert load_qdiffusion(path).bits == 4
     check_all(clipped, path, 3, declared=3)
+
+
+@pytest.mark.parametrize("bits, declared", [(4, 2), (8, 4), (8, 3), (8, 2)])
+def test_too_few_bits_are_refused(bits, declared, tmp_path):
+    """Most weights would be cut off at the end of the range."""
+    path = saved(synthetic(bits, seed=bits), tmp_path)
+    with pytest.raises(QuantTuneError, match=f"cannot have {declared} bits: [0-9]+%") as told:
+        load_qdiffusion(path, declared)
+    message = str(told.value)
+    assert f"set bits to {bits} or leave it" in message and message.count(". ") == 0
+
+
+@pytest.mark.parametrize("bits, declared", [(4, 3), (3, 2)])
+def test_one_bit_too_few_is_taken_and_noted(bits, declared, tmp_path):
+    state = synthetic(bits, seed=bits)
+    found = check_all(state, saved(state, tmp_path), declared, declared=declared)
+    assert DOUBTFUL_CUT < found.cut < MOST_CUT
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bits_that_are_the_files_cut_nothing_off(bits, tmp_path):
+    state = synthetic(bits, seed=bits)
+    path = saved(state, tmp_path)
+    assert load_qdiffusion(path, bits).cut < 0.02
+    assert load_qdiffusion(path).cut == 0
+    # Steps that were searched for the least error cut the tails off.
+    for key in [k for k in state if k.endswith("delta")]:
+        state[key] /= 1.3
+        zero = key.replace("delta", "zero_point")
+        state[zero] = (state[zero] * 1.3 - 0.15 * 2**bits).round()
+    cut = load_qdiffusion(saved(state, tmp_path, "searched.pth"), bits).cut
+    assert 0 < cut < DOUBTFUL_CUT
+
+
+def test_zero_points_of_another_file(tmp_path):
+    state = synthetic(4)
+    for key in [k for k in state if k.endswith("zero_point")]:
+        state[key] += 99
+    with pytest.raises(QuantTuneError, match="100% of its weights.*; download it again"):
+        load_qdiffusion(saved(state, tmp_path), 4)
+
+
+def test_the_format_from_before_1_6_is_known_and_refused(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save(synthetic(4), path, _use_new_zipfile_serialization=False)
+    assert is_qdiffusion(path)
+    with pytest.raises(QuantTuneError, match="no checkpoint of a PyTorch since 1.6"):
+        load_qdiffusion(path)
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert not is_qdiffusion(path)
+    assert not is_qdiffusion(tmp_path) and not is_qdiffusion(tmp_path / "absent.pth")
 
 
 def test_the_integers_survive_our_own_format(tmp_path):
@@ -249,7 +301,7 @@ def test_every_flipped_byte_of_the_structure_is_survived(tmp_path):
     path = saved(synthetic(4, {LINEAR: UNET[LINEAR]}), tmp_path)
     data = path.read_bytes()
     for place in range(0, len(data), len(data) // 60):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1:])
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
         try:
             for layer in load_qdiffusion(path).layers.values():
                 layer.codes()
@@ -294,7 +346,8 @@ def test_other_byte_orders_are_refused(tmp_path):
 
 def test_foreign_files_are_refused(tmp_path):
     assert "not a checkpoint of Q-Diffusion" in told(
-        saved({"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, tmp_path))
+        saved({"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, tmp_path)
+    )
     assert "not a dictionary" in told(saved([torch.ones(2)], tmp_path))
     assert "does not exist" in told(tmp_path / "absent.pth")
     text = tmp_path / "text.pth"
@@ -356,9 +409,12 @@ def test_memory_is_that_of_a_layer_and_not_of_the_file(tmp_path):
     # Separate copies, which the archive would otherwise hold once.
     path = saved({k: v.clone() for k, v in state.items()}, tmp_path)
     warm = saved(synthetic(4), tmp_path, "warm.pth")
-    done = subprocess.run([sys.executable, "-c", MEASURE, warm, path, tmp_path / "out"],
-                          capture_output=True, text=True,
-                          env={"PYTHONPATH": str(Path(__file__).parents[2] / ".dev" / "site")})
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, warm, path, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[2] / ".dev" / "site")},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     largest = 2 * 4 * 512 * 1024 * 9  # weight and alpha of one layer, 36 MiB
     assert path.stat().st_size > 3.9 * largest
