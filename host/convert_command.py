@@ -15,6 +15,7 @@ from ..quant import QuantTuneError, is_qdiffusion, load_qdiffusion, save_quantiz
 from ..quant.checkpoint import UNET_FORMAT
 from ..quant.safe_file import own_format, read_header
 from .command import start_host
+from .convert_target import check_target
 
 OPTIONS = {"bits": ("--bits", None), "range": ("--range", None),
            "symmetric": ("--symmetric", False), "keep": ("--keep", None),
@@ -82,7 +83,7 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
     """
     from .import_qdiffusion import WHAT, check_complete, describe_qdiffusion, doubts
 
-    _check_suffix(options.out)
+    check_target(options.out)
     state = load_qdiffusion(path, options.bits)
     metadata = describe_qdiffusion(state, path)
     if metadata.family not in WHAT:
@@ -100,12 +101,6 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
                      "models/quanttune.")
     lines += [f"Careful: {line}" for line in doubts(state, path)]
     return "\n".join(lines)
-
-
-def _check_suffix(out: str) -> None:
-    if not out.endswith(".safetensors"):
-        raise QuantTuneError(f"The target {out!r} does not end in .safetensors; give it such a "
-                             "name.")
 
 
 def is_ours(path: str) -> bool:

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from ..quant import QuantTuneError, save_quantized_unet, save_scale_set
+from .convert_target import check_target
 from .tuneqdm import is_tuneqdm, read_tuneqdm
-
-ENDING = ".safetensors"
 
 
 def detect(path: str | os.PathLike[str]) -> bool:
@@ -29,10 +28,9 @@ def convert(path: str | os.PathLike[str], options) -> str:
         QuantTuneError: as `tuneqdm.read_tuneqdm`, or a file that exists or cannot be written.
     """
     out = Path(options.out)
-    if out.suffix != ENDING:
-        raise QuantTuneError(f"The target {out} has to end in {ENDING}; choose another name.")
+    check_target(out)
     told = getattr(options, "scales", None)
-    scales_out = Path(told) if told else out.with_name(f"{out.stem}-scales{ENDING}")
+    scales_out = Path(told) if told else out.with_name(f"{out.stem}-scales{out.suffix}")
     overwrite = getattr(options, "overwrite", None) is not False
     _check_scales_target(scales_out, (path, out, getattr(options, "base", None)), overwrite)
     checkpoint, scales, lines = read_tuneqdm(path, getattr(options, "base", None))
@@ -49,9 +47,7 @@ def convert(path: str | os.PathLike[str], options) -> str:
 
 def _check_scales_target(target: Path, others, overwrite: bool) -> None:
     """Refuse a place for the scales before anything is read: nothing is lost, or half done."""
-    if target.suffix != ENDING:
-        raise QuantTuneError(f"The target of the scales {target} has to end in {ENDING}; choose "
-                             "another name.")
+    check_target(target, what="target of the scales")
     if any(other and Path(other).resolve() == target.resolve() for other in others):
         raise QuantTuneError(f"The scales cannot be written to {target}, which is the source or "
                              "the target of the UNet; choose another name.")

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..quant import QuantSpec, QuantTuneError
 from ..quant.safe_file import own_format, read_header
 from ..quant.stream_checkpoint import stream_quantized_unet
-from ..quant.tensor_file import PICKLED, load_unpickled
+from ..quant.tensor_file import PICKLED, SAFETENSORS, load_unpickled
+from .convert_target import check_target
 from .load_unet import plan_quantization
 from .unet_names import find_unet
 from .unet_source import INDEX, open_unet
@@ -27,7 +28,7 @@ def detect(path: str | os.PathLike[str]) -> bool:
     if path.name.endswith(INDEX):
         return True
     try:
-        if path.suffix.lower() in (".safetensors", ".sft"):
+        if path.suffix.lower() in SAFETENSORS:
             strings, shapes = read_header(path)
             return own_format(strings) is None and find_unet(shapes) is not None
         if path.suffix.lower() in PICKLED:
@@ -35,7 +36,7 @@ def detect(path: str | os.PathLike[str]) -> bool:
             found = found.get("state_dict", found) if isinstance(found, dict) else {}
             return isinstance(found, dict) and find_unet(map(str, found)) is not None
     except QuantTuneError:
-        return path.suffix.lower() in (".safetensors", ".sft", *PICKLED)
+        return path.suffix.lower() in (*SAFETENSORS, *PICKLED)
     return False
 
 
@@ -82,8 +83,7 @@ def convert_unet(path: str | os.PathLike[str], out: str | os.PathLike[str], spec
         QuantTuneError: as `convert`.
     """
     out = os.fspath(out)
-    if not out.endswith(".safetensors"):
-        raise QuantTuneError(f"The target {out} has to end in .safetensors; choose another name.")
+    check_target(out)
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise QuantTuneError(f"The target {out} is the source itself; choose another name.")
     plan = plan_quantization(open_unet(path), spec, keep, split_shortcuts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import is_cut_short, read_header, read_with_strings
-from ..quant.tensor_file import PICKLED, load_pickled
+from ..quant.tensor_file import PICKLED, SAFETENSORS, load_pickled
 from .lora_keys import brief
 
 STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",),
@@ -71,7 +71,7 @@ class ModelFolder:
         """
         state: dict[str, Tensor] = {}
         for path in self.weight_files(part):
-            if path.suffix == ".safetensors":
+            if path.suffix.lower() in SAFETENSORS:
                 state |= read_with_strings(path)[1]
             else:
                 state |= load_pickled(path)
@@ -121,14 +121,14 @@ def fault(path: Path) -> str | None:
         return "is empty"
     if start == LFS:
         return "is a Git LFS pointer in place of the file ('git lfs pull' fetches it)"
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() in SAFETENSORS:
         try:
             read_header(path)
         except QuantTuneError:
             return "is damaged or cut short"
         return "is cut short" if is_cut_short(path) else None
-    cut = path.suffix in PICKLED and start.startswith(b"PK") and not zipfile.is_zipfile(path)
-    return "is cut short" if cut else None
+    zipped = path.suffix.lower() in PICKLED and start.startswith(b"PK")
+    return "is cut short" if zipped and not zipfile.is_zipfile(path) else None
 
 
 def shards(index: Path) -> tuple[list[Path], str | None]:

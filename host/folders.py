@@ -9,6 +9,7 @@ import folder_paths
 
 from ..metrics.similarity import SUFFIXES as NETWORK_SUFFIXES
 from ..quant import QuantTuneError
+from ..quant.tensor_file import SAFETENSORS
 from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
 from ..starter.qdiffusion_file import NAME as MADE
 from ..starter.qdiffusion_file import write_qdiffusion_starter
@@ -17,8 +18,8 @@ UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
 METRICS_FOLDER = "quanttune_metrics"
 LORA_FOLDER = "loras"
-SUFFIXES = (".safetensors", ".pt")
-"""Of quantized UNets and scales: ours, and the states of TuneQDM's authors."""
+STATES = (".pt",)
+"""Of the states of TuneQDM's authors, which are quantized UNets and scales in one."""
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -35,7 +36,7 @@ def register_folders() -> None:
                      os.path.join(folder_paths.get_output_directory(), folder),
                      str(STARTER / folder)):
             folder_paths.add_model_folder_path(folder, path)
-        folder_paths.folder_names_and_paths[folder][1].update(SUFFIXES)
+        folder_paths.folder_names_and_paths[folder][1].update((*SAFETENSORS, *STATES))
     folder_paths.folder_names_and_paths["quanttune"][1].update(CHECKPOINTS)
     folder_paths.add_model_folder_path(METRICS_FOLDER,
                                        os.path.join(folder_paths.models_dir, METRICS_FOLDER))
@@ -47,14 +48,14 @@ def unet_files() -> list[str]:
 
     The last is the starter's Q-Diffusion checkpoint, which `unet_path` makes.
     """
-    names = _files(UNET_FOLDERS, (".safetensors", *CHECKPOINTS))
+    names = _files(UNET_FOLDERS, (*SAFETENSORS, *CHECKPOINTS))
     return [name for name in names if name != MADE] + [MADE]
 
 
 def scale_files() -> list[str]:
     """Names of the scale-set files, and of the states among the quantized UNets: they hold both."""
-    names = _files((SCALES_FOLDER,), SUFFIXES)
-    return names + [n for n in _files(UNET_FOLDERS[:1], SUFFIXES[1:]) if n not in names]
+    names = _files((SCALES_FOLDER,), (*SAFETENSORS, *STATES))
+    return names + [n for n in _files(UNET_FOLDERS[:1], STATES) if n not in names]
 
 
 def metric_files() -> list[str]:
@@ -67,11 +68,12 @@ def lora_files() -> list[str]:
     return _files((LORA_FOLDER,))
 
 
-def _files(folders, suffixes=(".safetensors",)) -> list[str]:
+def _files(folders, suffixes=SAFETENSORS) -> list[str]:
+    """Listed names with these endings, in capitals or small letters, as the host lists them."""
     names = []
     for folder in folders:
         names += [n for n in folder_paths.get_filename_list(folder)
-                  if n.endswith(suffixes) and n not in names]
+                  if n.lower().endswith(tuple(suffixes)) and n not in names]
     return names
 
 
@@ -87,7 +89,7 @@ def unet_path(name: str) -> str:
 
 def scales_path(name: str) -> str:
     """Full path of a scale set by its listed name."""
-    folders = (SCALES_FOLDER, *UNET_FOLDERS[:1]) if name.endswith(SUFFIXES[1:]) else (
+    folders = (SCALES_FOLDER, *UNET_FOLDERS[:1]) if name.lower().endswith(STATES) else (
         SCALES_FOLDER,)
     return _find(folders, name, "models/quanttune_scales")
 

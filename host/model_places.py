@@ -13,12 +13,17 @@ DEPTH = 3
 
 
 def single_files(kinds: tuple[str, ...], suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Every file of these kinds of model folders: listed name to path."""
+    """Every file of these kinds of model folders: listed name to path.
+
+    Args:
+        kinds: of ComfyUI's model folders to look in.
+        suffixes: how their names end, in small letters; capitals are alike.
+    """
     found: dict[str, str] = {}
     for kind in kinds:
         for name in folder_paths.get_filename_list(kind):
             path = folder_paths.get_full_path(kind, name)
-            if path and name.endswith(suffixes):
+            if path and name.lower().endswith(suffixes):
                 found.setdefault(name, path)
     return found
 

@@ -24,6 +24,7 @@ from ..quant.safe_file import written_whole
 from ..quant.tensor_file import PICKLED, open_tensors
 from ..quant.tuneqdm_convert import find_base, from_state, to_state
 from ..quant.tuneqdm_state import TuneqdmState, is_state, load_unpickled, read_state
+from .convert_target import STATE, check_target
 from .describe import model_config
 from .diffusers_files import ModelFolder
 from .lora_keys import brief
@@ -114,8 +115,7 @@ def export_tuneqdm(unet: str | os.PathLike[str] | QuantizedCheckpoint,
             exists or cannot be written.
     """
     out = Path(out)
-    if out.suffix not in PICKLED:
-        raise QuantTuneError(f"The target {out} has to end in .pt; choose another name.")
+    check_target(out, STATE)
     if not overwrite and out.exists():
         raise QuantTuneError(f"The file {out} exists already; choose another name or allow "
                              "overwriting.")

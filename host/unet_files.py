@@ -10,7 +10,7 @@ import folder_paths
 
 from ..quant import QuantTuneError
 from ..quant.safe_file import own_format, read_header
-from ..quant.tensor_file import PICKLED
+from ..quant.tensor_file import PICKLED, SAFETENSORS
 from .folders import file_state
 from .lora_keys import brief
 from .model_places import INDEX, model_folders, single_files
@@ -31,7 +31,7 @@ _KINDS: dict[str, tuple[str, bool]] = {}
 
 def unet_names() -> list[str]:
     """The UNets to choose from: diffusers folders (they end in "/"), then files."""
-    files = single_files(FILE_KINDS, (".safetensors", *PICKLED))
+    files = single_files(FILE_KINDS, (*SAFETENSORS, *PICKLED))
     names = [*_folders(), *(name for name, path in files.items() if _holds_unet(path))]
     return names or [NONE]
 
@@ -94,7 +94,7 @@ def _json(path: str) -> dict:
 
 def _holds_unet(path: str) -> bool:
     """Whether a file may hold a UNet; its header is read once for each state of the file."""
-    if path.endswith(PICKLED):
+    if path.lower().endswith(PICKLED):
         return True  # it does not say before it is read
     try:
         state = file_state(path)

@@ -20,6 +20,8 @@ from .errors import QuantTuneError
 from .paging import let_go, page_out
 from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries
 
+SAFETENSORS = (".safetensors", ".sft")
+"""How the names of safetensors files end, in capitals or small letters, as all of these."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """How the names of PyTorch's files end."""
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -146,7 +148,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         QuantTuneError: as `SafetensorsFile` and `load_pickled`, and for any other ending.
     """
     suffix = Path(path).suffix.lower()
-    if suffix in (".safetensors", ".sft"):
+    if suffix in SAFETENSORS:
         return SafetensorsFile(path)
     if suffix in PICKLED:
         return PickledFile(path)

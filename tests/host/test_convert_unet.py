@@ -112,7 +112,7 @@ class TestRefused:
         from quanttune.host.convert_unet import convert_unet
         from quanttune.quant import QuantSpec
 
-        told("has to end in .safetensors", convert, folder, tmp_path / "a.ckpt")
+        told("does not end in .safetensors", convert, folder, tmp_path / "a.ckpt")
         path = tmp_path / "a.safetensors"
         save_file(host_state(folder), path)
         before = path.read_bytes()

@@ -256,17 +256,18 @@ class TestHostile:
 
     def test_targets(self, tmp_path):
         trained(tmp_path / "dog")
-        told("has to end in .safetensors", convert, tmp_path / "dog" / STATE, tmp_path / "a.pt")
+        told("does not end in .safetensors", convert, tmp_path / "dog" / STATE, tmp_path / "a.pt")
         convert(tmp_path / "dog" / STATE, tmp_path / "a.safetensors")
         told("exists already", lambda: convert(tmp_path / "dog" / STATE, tmp_path / "a.safetensors",
                                                overwrite=False))
-        for scales, why in (("a.txt", "has to end in"),
+        for scales, why in (("a.txt", "target of the scales .* does not end in"),
                             ("b.safetensors", "source or the target")):
             told(why, lambda name=scales: convert(tmp_path / "dog" / STATE,
                                                   tmp_path / "b.safetensors",
                                                   scales=str(tmp_path / name)))
         assert not (tmp_path / "b.safetensors").exists()
-        told("has to end in .pt", export, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+        for name in ("b.safetensors", "b.bin", "b.pth"):  # no node lists the latter for scales
+            told("does not end in .pt", export, tmp_path / "a.safetensors", tmp_path / name)
         export(tmp_path / "a.safetensors", tmp_path / "b.pt")
         told("exists already", export, tmp_path / "a.safetensors", tmp_path / "b.pt", None, False)
 
