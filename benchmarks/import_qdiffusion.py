@@ -4,18 +4,22 @@
 
 Random weights in the authors' format, written once to a work folder (it needs 7 GB of disk and,
 while it is written, of memory). Each way of reading runs in a process of its own: wall time, and
-peak resident memory above that process with the host imported and idle. The largest set of tensors
-that belongs together is the weight, the alpha, the step and the zero point of one layer; a MODEL
-needs its packed integers, too. The opponent is `torch.load` of the same file alone.
+peak resident memory above that process idle, with the host imported, after the same way has read
+the starter's small file (the code that it runs is resident memory as well). The largest set of
+tensors that belongs together is the weight, the alpha, the step and the zero point of one layer; a
+MODEL needs its packed integers, too. The opponent is `torch.load` of the same file alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +32,8 @@ WAYS = {
     "model": "Load Quantized UNet, integers in memory",
     "torch": "torch.load of the file alone",
 }
+SMALL = "starter.pth"
+"""A small file of the same format, in the work folder."""
 TARGET = 1.3
 """Peak over the largest set of tensors that is needed at once."""
 
@@ -69,16 +75,39 @@ def write_file(path: Path, bits: int) -> None:
     partial.replace(path)
 
 
-def measure(way: str, path: str, out: str) -> dict:
-    """One of `WAYS` in this process."""
-    start_host()
+def read(way: str, path: str, out: str) -> dict:
+    """A file by one of `WAYS`; what is known of it then."""
     import torch
 
     from quanttune.host.build import load_model, quantized_model
     from quanttune.host.convert_command import convert_qdiffusion
     from quanttune.quant import load_qdiffusion
 
+    if way == "open":
+        state = load_qdiffusion(path)
+        largest = max(layer.numel * 8 + 16 * layer.shape[0] for layer in state.layers.values())
+        return {"bits": state.bits, "layers": len(state.layers), "largest_layer": largest,
+                "split": sum(layer.split is not None for layer in state.layers.values())}
+    if way == "convert":
+        print(convert_qdiffusion(path, argparse.Namespace(out=out, bits=None, overwrite=True)),
+              file=sys.stderr)
+        return {"file": os.path.getsize(out)}
+    if way == "model":
+        return {"integers": quantized_model(load_model(path)).checkpoint.nbytes}
+    torch.load(path, weights_only=True)
+    return {}
+
+
+def measure(way: str, path: str, out: str) -> dict:
+    """One of `WAYS` in this process."""
+    start_host()
+    import torch
+
     facts = {}
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        read(way, str(Path(path).with_name(SMALL)), os.path.join(folder, "small.safetensors"))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # so that what it took is not there to be taken again
     with open(path, "rb") as file:  # each way meets as warm a file cache as the memory allows
         while file.read(1 << 24):
             pass
@@ -86,20 +115,7 @@ def measure(way: str, path: str, out: str) -> dict:
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     with torch.inference_mode():
-        if way == "open":
-            state = load_qdiffusion(path)
-            largest = max(layer.numel * 8 + 16 * layer.shape[0] for layer in state.layers.values())
-            facts = {"bits": state.bits, "layers": len(state.layers), "largest_layer": largest,
-                     "split": sum(layer.split is not None for layer in state.layers.values())}
-        elif way == "convert":
-            print(convert_qdiffusion(path, argparse.Namespace(out=out, bits=None, overwrite=True)),
-                  file=sys.stderr)
-            facts = {"file": os.path.getsize(out)}
-        elif way == "model":
-            found = quantized_model(load_model(path)).checkpoint
-            facts = {"integers": found.nbytes}
-        else:
-            torch.load(path, weights_only=True)
+        facts |= read(way, path, out)
     facts["seconds"] = time.perf_counter() - start
     facts["peak_rss_above_idle"] = rss("VmHWM") - idle
     return facts
@@ -111,6 +127,8 @@ def run(bits: int, work: Path, ways) -> dict:
     if not path.exists():
         command = [sys.executable, __file__, "--write", str(bits), "--work", str(work)]
         subprocess.run(command, check=True)
+    subprocess.run([sys.executable, "-m", "quanttune.starter.qdiffusion_file", str(work / SMALL),
+                    "--bits", str(bits)], check=True)
     result = {"source": path.stat().st_size}
     for way in ways:
         command = [sys.executable, __file__, "--measure", way, str(path),

@@ -33,6 +33,8 @@ FORMAT = ".weight_format"
 ROW = ("row", 0)
 """What the only layout of int8 weights that files hold is called, as text and as number."""
 LARGEST_BLOCK = 4096
+LARGEST_SCALE = 65504.0
+"""Of float16, in which these models are: a scale is the largest weight of its block or row."""
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 """How the files are called that a large model was cut into."""
 
@@ -113,6 +115,10 @@ def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
             raise QuantTuneError(
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; save the model again.")
+        # A mark of what a model predicts may be infinite.
+        if name not in PREDICTION_MARKS and not bool(value.isfinite().all()):
+            raise QuantTuneError(f"The file {os.path.basename(path)} has NaN or infinite values in "
+                                 f"'{name[:100]}'; download or save it again.")
     if kind == DIFFUSERS:
         names = host_names([*own, *(f"{n}.weight" for n in layers)])
         marks = {n: own.pop(n) for n in PREDICTION_MARKS & own.keys()}
@@ -136,8 +142,8 @@ def _metadata(path: Path, own: Mapping[str, Tensor], layers: Mapping[str, BnbWei
     if not kind:  # no UNet of Stable Diffusion; ComfyUI may know it all the same
         config = comfy.model_detection.model_config_from_unet({**own, **full}, "")
         if config is None:
-            raise QuantTuneError(f"The file {path.name} holds no model that this ComfyUI knows; "
-                                 "choose another file.")
+            raise QuantTuneError(f"The file {path.name} holds no whole model that this ComfyUI "
+                                 "knows; download it again or choose another file.")
         return describe_config(config, own, path.name, provenance)
     shapes = {name: tuple(value.shape) for name, value in {**own, **full}.items()
               if name not in PREDICTION_MARKS}
@@ -159,13 +165,17 @@ def _four_bit(path: str, name: str, kind: str, tensors: dict) -> BnbWeight:
         for part in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"))
     try:
         facts = json.loads(bytes(raw.tolist()))
-        shape, block = tuple(int(n) for n in facts["shape"]), int(facts.get("blocksize", BLOCK))
-        offset, nested_block = float(facts.get("nested_offset", 0.0)), int(
-            facts.get("nested_blocksize", 256))
+        shape, block = tuple(facts["shape"]), facts.get("blocksize", BLOCK)
+        nested_block = facts.get("nested_blocksize", 256)
+        offset = float(facts.get("nested_offset", 0.0))
+        if not all(type(n) is int for n in (*shape, block, nested_block)):
+            raise ValueError("sizes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise wrong("with an unreadable description") from None
-    if kind not in FOUR_BIT or facts.get("quant_type", kind) != kind:
-        raise wrong(f"of the kind {kind[:40]}, which this pack does not know")
+    told = facts.get("quant_type", kind)
+    if kind not in FOUR_BIT or told != kind:
+        raise wrong(f"of the kind {str(kind if told == kind else told)[:40]}, which this pack does "
+                    "not know")
     blocks = 64 <= block <= LARGEST_BLOCK and 0 < nested_block <= LARGEST_BLOCK
     if len(shape) != 2 or min(shape) < 1 or not blocks or block & (block - 1):
         raise wrong(f"of shape {list(shape)} in blocks of {block}")
@@ -184,9 +194,9 @@ def _four_bit(path: str, name: str, kind: str, tensors: dict) -> BnbWeight:
         # What bitsandbytes' dequantize_blockwise computes.
         each = nested.float().flatten().repeat_interleave(nested_block)[:groups]
         absmax = nested_code.float()[absmax.flatten().long()] * each + offset
-    scale = absmax.float().flatten()
-    if not bool(scale.isfinite().all()):
-        raise wrong("whose scale is not finite")
+    elif not absmax.is_floating_point():
+        raise wrong("whose scales of scales are missing")
+    scale = _scale(absmax, wrong)
     return BnbWeight(data.reshape(-1, 1), scale, kind, shape, block)
 
 
@@ -195,14 +205,25 @@ def _int8(path: str, name: str, tensors: dict) -> BnbWeight:
     scale, data = tensors.pop(f"{name}{SCB}"), tensors.pop(f"{name}.weight", None)
     form = tensors.pop(f"{name}{FORMAT}", None)
     if form is not None and (form.numel() != 1 or form.item() not in ROW):
-        raise wrong("in a layout of one graphics card; save it again with a newer bitsandbytes")
+        raise wrong("in a layout that only an old bitsandbytes wrote, for one graphics card")
     if data is None or data.dtype != torch.int8 or data.dim() != 2 or not data.numel():
         raise wrong("without int8 weights")
     if not scale.is_floating_point() or scale.numel() != data.shape[0]:
         raise wrong("without a scale for each row")
+    scale = _scale(scale, wrong)
+    if float(scale.min()) < 0:
+        raise wrong("whose scale is below 0")
+    return BnbWeight(data, scale, "int8", tuple(data.shape))
+
+
+def _scale(scale: Tensor, wrong) -> Tensor:
+    """Scales as float32, none of which is beyond a weight of a model."""
+    scale = scale.float().flatten()
     if not bool(scale.isfinite().all()):
         raise wrong("whose scale is not finite")
-    return BnbWeight(data, scale.float().flatten(), "int8", tuple(data.shape))
+    if float(scale.abs().max()) > LARGEST_SCALE:
+        raise wrong("whose scale is that of no model")
+    return scale
 
 
 def _is_standard(code: Tensor, kind: str) -> bool:
@@ -215,6 +236,6 @@ def _is_standard(code: Tensor, kind: str) -> bool:
 
 def _wrong(path: str, name: str):
     def wrong(what: str) -> QuantTuneError:
-        return QuantTuneError(f"The file {os.path.basename(path)} has a layer '{name}' {what}; "
-                              "download or save it again.")
+        return QuantTuneError(f"The file {os.path.basename(path)} has a layer '{name[:100]}' "
+                              f"{what}; download or save it again.")
     return wrong

@@ -41,7 +41,7 @@ def is_tuneqdm(path: str | os.PathLike[str]) -> bool:
     if Path(path).suffix.lower() not in PICKLED:
         return False
     try:
-        return is_state(load_unpickled(path))
+        return is_state(load_unpickled(path, plain=False))
     except QuantTuneError:
         return False
 

@@ -158,10 +158,15 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     )
 
 
-def load_unpickled(path: str | os.PathLike[str]) -> object:
+def load_unpickled(path: str | os.PathLike[str], plain: bool = True) -> object:
     """What a PyTorch file holds: tensors, numbers, texts, lists and mappings, and nothing else.
 
     Its tensors are views of the mapped file where the file has today's form (a zip archive).
+
+    Args:
+        path: of the file.
+        plain: refuse tensors that are not rows of numbers, which nothing here computes with; False
+            to look at the names alone.
 
     Raises:
         QuantTuneError: missing, damaged, or with anything that would run code.
@@ -188,7 +193,7 @@ def load_unpickled(path: str | os.PathLike[str]) -> object:
             f"The file {path} is damaged or holds more than weights ({told}); "
             "download it again, or its .safetensors form."
         ) from error
-    if odd := _odd(found):
+    if plain and (odd := _odd(found)):
         raise QuantTuneError(
             f"The file {path} holds '{odd[:100]}', which is no plain tensor (sparse, quantized or "
             "without numbers), as no file of weights does; choose another file."

@@ -25,6 +25,8 @@ from .safe_file import first_line, tensor_bytes
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
 ZIP_START = b"PK\x03\x04"
+OLD_START, LFS_START = b"\x80", b"version "
+"""How files from before torch 1.6 begin, and those that Git leaves where it did not fetch one."""
 LARGEST_STRUCTURE = 256 * 2**20
 """Bytes of the record with the structure: a thousand times that of a large model."""
 BLOCK = 2**20
@@ -166,6 +168,12 @@ class TensorArchive:
     def _records(self) -> dict[int, int]:
         """Where the records of the archive begin, and their sizes."""
         start = self._file.read(8)
+        if not start.startswith((ZIP_START, OLD_START)):
+            pointer = "; it is a Git LFS pointer in place of one" if start == LFS_START else ""
+            raise QuantTuneError(
+                f"The file {self.path} is no checkpoint of PyTorch{pointer}; download it again or "
+                "choose another file."
+            )
         if not start.startswith(ZIP_START):
             raise QuantTuneError(
                 f"The file {self.path} is no checkpoint of a PyTorch since 1.6; load it with torch "

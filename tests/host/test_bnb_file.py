@@ -166,9 +166,14 @@ class TestHostileFiles:
         (0, ".quant_state.bitsandbytes__nf4", {"shape": [9, 4]}, "codes do not have the number"),
         (0, ".quant_state.bitsandbytes__nf4", {"shape": [10**9, 10**9]}, "codes do not have"),
         (0, ".quant_state.bitsandbytes__nf4", {"quant_type": "nf9"}, "of the kind"),
+        (0, ".quant_state.bitsandbytes__nf4", {"shape": [128.7, 32]}, "unreadable"),
+        (0, ".quant_state.bitsandbytes__nf4", {"quant_type": "fp4"}, "of the kind fp4"),
+        (0, ".nested_absmax .nested_quant_map", None, "scales of scales are missing"),
+        (0, ".nested_quant_map", torch.full((256,), 1e20), "that of no model"),
         (1, "", torch.zeros(4, 4), "without int8 weights"),
         (1, "SCB", torch.zeros(3), "without a scale for each row"),
         (1, "SCB", float("nan"), "not finite"),
+        (1, "SCB", 1e30, "that of no model"), (1, "SCB", -1.0, "below 0"),
     ])
     def test_layers(self, files, tmp_path, number, part, value, words):
         from quanttune.host.build import load_model
@@ -176,7 +181,9 @@ class TestHostileFiles:
 
         def change(state):
             name = "time_embedding.linear_1"
-            key = f"{name}.SCB" if part == "SCB" else f"{name}.weight{part}"
+            for more in part.split()[1:]:
+                del state[f"{name}.weight{more}"]
+            key = f"{name}.SCB" if part == "SCB" else f"{name}.weight{part.split(' ')[0]}"
             if isinstance(value, dict):
                 facts = json.loads(bytes(state[key].tolist()))
                 state[key] = torch.tensor(list(json.dumps({**facts, **value}).encode()),
@@ -192,6 +199,16 @@ class TestHostileFiles:
         with pytest.raises(QuantTuneError, match=words) as told:
             load_model(str(path), "x")
         assert FILE in str(told.value) and str(told.value).count(". ") == 0
+
+    @pytest.mark.parametrize("key", ["conv_in.weight", "conv_norm_out.bias"])
+    @pytest.mark.parametrize("number", [float("nan"), float("inf")])
+    def test_floats(self, files, tmp_path, key, number):
+        from quanttune.host.build import load_model
+        from quanttune.quant import QuantTuneError
+
+        path = self.changed(files[0], tmp_path, lambda s: s[key].view(-1)[:1].fill_(number))
+        with pytest.raises(QuantTuneError, match=f"NaN or infinite values in '{key}'"):
+            load_model(str(path), "x")
 
     def test_what_is_no_part_of_it(self, files, tmp_path):
         from quanttune.host.build import load_model

@@ -347,3 +347,14 @@ class TestNodes:
         torch.save({"a": torch.zeros(1)}, place / "a.pt")
         run = nodes["QuantTuneLoadQuantizedUNet"]
         told("not a checkpoint of Q-Diffusion", lambda: run_node(run, unet_name="a.pt"))
+
+    def test_states_that_are_damaged_are_told_as_states(self, nodes, host_folders):
+        place = host_folders / "models" / "quanttune"
+        place.mkdir(parents=True, exist_ok=True)
+        load = nodes["QuantTuneLoadQuantizedUNet"]
+        own = {"a.weight_int": torch.zeros(2, 2, dtype=torch.int8)}
+        odd = {**own, "a.delta_out_experts": torch.ones(1, 2, 1).to_sparse()}
+        for state, what in (({}, "lacks the output scales"), (own, "lacks the output scales"),
+                            (odd, "'a.delta_out_experts', which is no plain tensor")):
+            torch.save({"delta_state": state}, place / "a.pt")
+            told(what, lambda: run_node(load, unet_name="a.pt"))

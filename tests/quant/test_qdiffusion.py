@@ -352,7 +352,9 @@ def test_foreign_files_are_refused(tmp_path):
     assert "does not exist" in told(tmp_path / "absent.pth")
     text = tmp_path / "text.pth"
     text.write_text("hello")
-    assert "no checkpoint of a PyTorch" in told(text)
+    assert "no checkpoint of PyTorch; download it again" in told(text)
+    text.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "a Git LFS pointer in place" in told(text)
     old = tmp_path / "old.pth"
     torch.save(synthetic(4), old, _use_new_zipfile_serialization=False)
     assert "since 1.6" in told(old)
