@@ -52,6 +52,9 @@ def convert(options: Namespace) -> int:
     source, out = options.source, options.out
     if not os.path.exists(source):
         raise QuantTuneError(f"The source {source!r} does not exist; give the path of a file.")
+    if not os.path.isfile(source) and not os.path.isdir(source):  # a pipe would be waited for
+        raise QuantTuneError(f"The source {source!r} is neither a file nor a folder; choose "
+                             "another.")
     if os.path.exists(out):
         if os.path.samefile(source, out):
             raise QuantTuneError(f"Source and target are both {out!r}; give the target another "

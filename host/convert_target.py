@@ -21,8 +21,11 @@ def check_target(out: str | os.PathLike[str], endings: tuple[str, ...] = SAFETEN
         what: to call it in the message.
 
     Raises:
-        QuantTuneError: another ending.
+        QuantTuneError: another ending, or a name that no file has.
     """
+    if "\0" in os.fspath(out):
+        raise QuantTuneError(f"The {what} {os.fspath(out)!r} has a NUL in its name; choose another "
+                             "name.")
     if not os.fspath(out).lower().endswith(endings):
         raise QuantTuneError(f"The {what} {os.fspath(out)!r} does not end in {endings[0]}, as it "
                              "has to; give it such a name.")

@@ -115,7 +115,7 @@ def export_tuneqdm(unet: str | os.PathLike[str] | QuantizedCheckpoint,
             exists or cannot be written.
     """
     out = Path(out)
-    check_target(out, STATE)
+    check_target(out, STATE, "target, a state of TuneQDM,")
     if not overwrite and out.exists():
         raise QuantTuneError(f"The file {out} exists already; choose another name or allow "
                              "overwriting.")

@@ -1,6 +1,7 @@
 """`python -m quanttune convert`: what it writes, and the sentences it refuses with."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -144,6 +145,10 @@ def test_sources_of_no_known_kind_are_told(command, tmp_path):
         status, told = command(source, out)
         assert status == 1 and what in told and told.count("\n") == 1, told
     assert not out.exists()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pth")
+        status, told = command(tmp_path / "pipe.pth", out)
+        assert status == 1 and "neither a file nor a folder" in told
 
 
 def test_a_kind_is_a_row(command, tmp_path, monkeypatch):

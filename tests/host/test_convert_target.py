@@ -24,6 +24,13 @@ def test_others_are_refused_in_one_sentence(name, comfy_inprocess):
                                "as it has to; give it such a name.")
 
 
+def test_a_name_that_no_file_has(comfy_inprocess):
+    from quanttune.host.convert_target import check_target
+
+    with pytest.raises(QuantTuneError, match="has a NUL in its name"):
+        check_target("a\0.safetensors")
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.PT"])
 def test_states(name, comfy_inprocess):
     from quanttune.host.convert_target import STATE, check_target
