@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-import comfy.model_detection
 import comfy.model_management
-import comfy.supported_models
 import torch
 from comfy.utils import ProgressBar
 
@@ -16,6 +14,7 @@ from ..quant import load_qdiffusion as open_checkpoint
 from ..quant.qdiffusion import DOUBTFUL_CUT
 from .describe import describe_config, model_config
 from .float_model import check_fits, unbuilt
+from .unet_names import detect
 
 LDM, DDPM = "LDM", "DDPM"
 """Families of the authors' files that no ComfyUI has a model for: unconditional ones."""
@@ -93,22 +92,14 @@ def doubts(state: QDiffusionCheckpoint, path: str) -> list[str]:
 
 def _config(tensors: dict):
     """The host's configuration of an LDM UNet, or None where it cannot have one."""
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     # The host logs what it does not know; what that means is told where the file is used.
     logger, level = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.CRITICAL)
     try:
-        sizes = comfy.model_detection.detect_unet_config(tensors, "")
-        found = comfy.model_detection.model_config_from_unet_config(sizes, tensors)
+        family, sizes = detect(shapes, "")
     except Exception:  # shapes that the host did not expect
         return None
     finally:
         logger.setLevel(level)
-    if found is not None:
-        return found
-    # An SD1.x of unusual size: known by what sets the family apart.
-    family = comfy.supported_models.SD15
-    own = {k: v for k, v in family.unet_config.items()
-           if k not in ("context_dim", "model_channels")}
-    if sizes.get("context_dim") and all(sizes.get(k) == v for k, v in own.items()):
-        return family(sizes)
-    return None
+    return family(sizes) if sizes.get("context_dim") else None

@@ -84,6 +84,24 @@ def test_what_diffusers_saved(family, options):
                         if isinstance(m, torch.nn.Linear)) > 10
 
 
+def test_the_refiner_as_a_part_of_its_pipeline(tmp_path):
+    from quanttune.host.build import load_model
+    from quanttune.tests.host import unets
+
+    unet = unets.tiny_unet("SDXLRefiner")
+    folder = unets.save_pipeline(unet, tmp_path / "refiner") / "unet"
+    with torch.inference_mode(False):
+        for name, layer in list(unet.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(unet.get_submodule(parent), leaf, packed_layer(layer, *DOUBLE))
+        save_file({k: v.clone() for k, v in unet.state_dict().items()}, folder / FILE)
+    model = load_model(str(folder / FILE), "refiner")
+    assert type(model.model.model_config).__name__ == "SDXLRefiner"
+    given, full = unets.inputs(unet), twin(unet)
+    assert models.relative(unets.ours(model, full, given), unets.theirs(full, given)) < 1e-5
+
+
 def twin(unet):
     """diffusers' UNet with bitsandbytes' own dequantized weights."""
     for name, layer in list(unet.named_modules()):

@@ -67,6 +67,26 @@ def test_the_forward_is_that_of_the_float_twin(checkpoint):
     assert found.metadata.family == "SD15" and found.metadata.model_type == "EPS"
 
 
+@pytest.mark.parametrize("family", ["SD20", "SDXL"])
+@torch.inference_mode()
+def test_other_families_of_the_same_names(family, tmp_path, comfy_inprocess):
+    from quanttune.starter.qdiffusion_file import qdiffusion_state
+    from quanttune.tests.quant.qdiffusion_files import expected_weight
+
+    plain = models.small_model(family)
+    own = plain.model.diffusion_model.state_dict()
+    state = {k: v.clone() for k, v in qdiffusion_state(own, 8).items()}
+    torch.save(state, tmp_path / "x.pth")
+    model = loaded(tmp_path / "x.pth")
+    assert models.quantized_model(model).checkpoint.metadata.family == family
+    arguments = models.inputs(model)
+    for name in models.quantized_model(model).checkpoint.layers:
+        own[f"{name}.weight"] = expected_weight(state, name, 8)
+    plain.model.diffusion_model.load_state_dict(own)
+    assert models.relative(models.forward(model, arguments),
+                           models.forward(plain, arguments)) < 1e-5
+
+
 @torch.inference_mode()
 def test_bits_are_told_in_place_of_those_of_the_file(checkpoint):
     from quanttune.quant import QuantTuneError
