@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO
 from .qdiffusion_layer import QDiffusionLayer, Rounding
 from .spec import SUPPORTED_BITS
 from .torch_archive import StoredTensor, TensorArchive, is_archive
@@ -41,8 +42,6 @@ MOST_CUT, DOUBTFUL_CUT = 0.6, 0.25
 """Parts of all weights that a declared width may cut off at an end of its range: with more than the
 first it is refused, with more than the second it is told. Steps searched for the least error cut
 off the tails alone (below 0.2); one bit too few cuts half of all weights, two bits most of them."""
-LARGEST_ZERO = 2.0**40
-"""Above any zero point: a channel whose weights are all alike has a step of 1e-8."""
 PICKLED, NAMES_WITHIN = b"\x80", 2**20
 """How a file of torch's old format begins, and in how many bytes the first layers' names stand."""
 
@@ -156,6 +155,11 @@ def _without_prefix(archive: TensorArchive) -> dict[str, StoredTensor]:
 
 def _float(path: str, tensor: StoredTensor) -> Tensor:
     """A tensor that stays float."""
+    if tensor.dtype.is_complex:
+        raise QuantTuneError(
+            f"The file {path} has complex numbers in {tensor.name[:100]!r}; download it again or "
+            "choose another checkpoint."
+        )
     values = tensor.read()
     if not bool(values.isfinite().all()):
         raise QuantTuneError(
@@ -221,16 +225,24 @@ class _Reader:
                     f"has a {prefix[1:]}{part} of shape {list(tensor.shape)} and not "
                     f"{list(expected)}"
                 )
+            whole = part == "zero_point" and tensor.dtype in INTEGER_TYPES
+            if not (whole or tensor.dtype.is_floating_point):
+                raise self.wrong(f"has a {prefix[1:]}{part} of type {tensor.dtype}")
             values.append(tensor.read().reshape(-1))
         delta, zero_point = values
         low, high = (float(v) for v in torch.aminmax(delta))
         if not (low > 0 and math.isfinite(high)):
             raise self.wrong(f"has a {prefix[1:]}delta that is NaN, infinite or not above 0")
+        if high > LARGEST_SCALE:
+            raise self.wrong(f"has a {prefix[1:]}delta of {high:.3g}, which no channel has")
         if not bool((zero_point.isfinite() & (zero_point == zero_point.round())).all()):
             raise self.wrong(f"has a {prefix[1:]}zero_point that is not a whole number")
         if float(zero_point.abs().max()) > LARGEST_ZERO:
             raise self.wrong(f"has a {prefix[1:]}zero_point that no channel has")
-        return delta, zero_point, self.take(f"{prefix}alpha")
+        alpha = self.take(f"{prefix}alpha")
+        if alpha is not None and not alpha.dtype.is_floating_point:
+            raise self.wrong(f"has a {prefix[1:]}alpha of type {alpha.dtype}")
+        return delta, zero_point, alpha
 
     def split(self, weight: StoredTensor, alphas: list[StoredTensor | None]) -> int | None:
         """Input channels of the first part, from the shapes of the alphas."""

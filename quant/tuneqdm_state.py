@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO
 from .spec import SUPPORTED_BITS
 from .tensor_file import load_unpickled
 
@@ -33,11 +34,6 @@ DEFAULT_STEPS = 1000
 SCALED = "scaled"
 """In our note: name in diffusers of each layer of the scale set, to whether it has input scales."""
 AGAIN = "save or download it again"
-INTEGER_TYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-LARGEST_SCALE = 2.0**24
-LARGEST_ZERO = 2.0**40
-"""Of a real model no scale is above the first, and no zero point above the second: their quantizer
-gives a channel whose weights are all alike a step of 1e-8, and so a zero point of 1e8 of them."""
 
 
 @dataclass(frozen=True)

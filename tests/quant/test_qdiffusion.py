@@ -170,6 +170,41 @@ def test_zero_points_of_another_file(tmp_path):
         load_qdiffusion(saved(state, tmp_path), 4)
 
 
+@pytest.mark.parametrize("part", ["delta", "zero_point", "alpha"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int32])
+def test_numbers_of_other_kinds(part, dtype, tmp_path):
+    state = synthetic(4)
+    key = f"model.{LINEAR}.weight_quantizer.{part}"
+    state[key] = state[key].to(dtype)
+    path = saved(state, tmp_path)
+    if (part, dtype) == ("zero_point", torch.int32):
+        check_all(state, path, 4)
+    else:
+        with pytest.raises(QuantTuneError, match=f"{part} of type {dtype}"):
+            load_qdiffusion(path)
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        (f"{LINEAR}.weight_quantizer.delta", "delta of 1e.30, which no channel has"),
+        (f"{LINEAR}.weight_quantizer.zero_point", "zero_point that no channel has"),
+    ],
+)
+def test_numbers_of_no_model(key, words, tmp_path):
+    state = synthetic(4)
+    state[f"model.{key}"][3] = 1e30
+    with pytest.raises(QuantTuneError, match=words):
+        load_qdiffusion(saved(state, tmp_path))
+
+
+def test_complex_biases(tmp_path):
+    state = synthetic(4)
+    state[f"model.{LINEAR}.bias"] = state[f"model.{LINEAR}.bias"].to(torch.complex64)
+    with pytest.raises(QuantTuneError, match=f"complex numbers in 'model.{LINEAR}.bias'"):
+        load_qdiffusion(saved(state, tmp_path))
+
+
 def test_the_format_from_before_1_6_is_known_and_refused(tmp_path):
     path = tmp_path / "old.pth"
     torch.save(synthetic(4), path, _use_new_zipfile_serialization=False)
