@@ -29,7 +29,7 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
     if model is None:
         raise QuantTuneError(
             "This MODEL is not quantized by QuantTune; put 'Quantize UNet' before 'Save Quantized "
-            "UNet', or save it with 'Save Model'.")
+            "UNet', or write its weights as floats with 'Export Float UNet'.")
     _refuse_patches(patcher, "'Save Quantized UNet'")
     checkpoint = model.checkpoint
     path = output_path(prefix)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quanttune.quant import QuantTuneError
 from quanttune.tests.harness.inprocess import pack_nodes, run_node
 from quanttune.tests.host import models
 from quanttune.tests.host.test_lora_export import trained
@@ -24,6 +25,8 @@ def model(nodes):
 def test_bitsandbytes_and_back(nodes, model):
     packed, report = run_node(nodes["QuantTuneBitsandbytes"], model=model, kind="nf4").args
     assert "Linear layers in NF4" in report and "stay in float" in report
+    with pytest.raises(QuantTuneError, match="'Export Float UNet'"):
+        run_node(nodes["QuantTuneSaveQuantizedUNet"], model=packed, filename_prefix="quanttune/x")
     exported = run_node(nodes["QuantTuneExportUNet"], model=packed, dtype="float32")
     merged, path = exported.args
     assert Path(path).is_file() and path.endswith(".safetensors")
