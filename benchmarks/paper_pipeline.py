@@ -10,7 +10,9 @@ Full-size SD1.5 and x4 upscaler with random weights: what a step costs does not 
    same LoRA under *Dynamic INT8*. Text encoder and VAE, which are equal for all, do not count.
 2. *upscale*: the node's own tiles against the whole picture at once, one step without guidance in
    float32 (as ComfyUI does on a processor; ``--dtype``), with the decoding. A way that ended for
-   want of memory says so.
+   want of memory says so. ``--tiles 4`` computes only the first 4 tiles of the sampling and of the
+   decoding, to learn the peak of a large picture in minutes: each tile takes what the first took,
+   which the peaks after each tile in the JSON file show. Such a row has no time.
 
 Each row runs in a process of its own. Time is the process's processor time; memory is the peak
 resident set above the process with the host imported and idle, the model's weights included. What
@@ -78,6 +80,8 @@ def main(argv=None):
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of upscale")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the upscaler")
+    parser.add_argument("--tiles", type=int, default=0,
+                        help="of the way 'tiled', only so many, for the memory alone")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure:
@@ -96,13 +100,18 @@ def main(argv=None):
     if "upscale" in options.parts:
         for side in options.sides:
             for way in options.ways:
-                if way != TILED_8 or side == min(SIDES):
-                    results.once("upscale", f"{way}, {side}",
-                                 lambda w=way, s=side: _child(options, "upscale", w, s,
-                                                              options.dtype))
+                if way == WHOLE and options.tiles or way == TILED_8 and side != min(SIDES):
+                    continue
+                results.once("upscale", _row(way, side, options.tiles),
+                             lambda w=way, s=side: _child(options, "upscale", w, s, options.dtype,
+                                                          options.tiles))
     results.found.update(ratios(results.found))
     results.save()
     print(tables(results.found))
+
+
+def _row(way: str, side: int, tiles: int = 0) -> str:
+    return f"{way}, {side}" + (f", first {tiles} tiles" if tiles else "")
 
 
 def _child(options, *arguments) -> dict:
@@ -171,10 +180,11 @@ def _generator(row: str):
     return patcher if row == TUNED else dynamic_int8(patcher, precision="bfloat16")[0]
 
 
-def upscale(threads: int, way: str, side: str, dtype: str) -> dict:
-    """Seconds and peak MiB of one step and the decoding of a picture of ``side`` pixels."""
+def upscale(threads: int, way: str, side: str, dtype: str, tiles: str) -> dict:
+    """Seconds and peak MiB of one step and the decoding of a picture of ``side`` pixels; of only
+    so many tiles, unless 0, the peaks after each and no seconds."""
     from quanttune.benchmarks._sd15 import memory_above_idle
-    from quanttune.benchmarks.quantized_unet import start_host
+    from quanttune.benchmarks.quantized_unet import rss, start_host
 
     start_host()
     import torch
@@ -182,24 +192,40 @@ def upscale(threads: int, way: str, side: str, dtype: str) -> dict:
     from quanttune.host import upscale as module
 
     torch.set_num_threads(threads)
+    if int(tiles):
+        _only_first(int(tiles))
     side = int(side)
     draw = torch.Generator().manual_seed(3)
     prompt = [[torch.randn(1, 77, 1024, generator=draw), {}]]
     image = torch.rand(1, side, side, 3, generator=draw)
-    seconds = []
+    seconds, peaks = [], []
     size = {} if way != WHOLE else {"tile_size": side, "tile_vae": False}
 
     def run(made) -> None:
         model, vae = made
         start = time.process_time()
         out = module.upscale(model, vae, image, prompt, prompt, noise_level=20, steps=1, cfg=1.0,
-                             seed=0, **size)
+                             seed=0, progress=lambda *_: peaks.append(rss("VmHWM")), **size)
         seconds.append(time.process_time() - start)
         assert tuple(out.shape) == (1, side * 4, side * 4, 3), out.shape
 
     with torch.inference_mode():
         memory = memory_above_idle(lambda: _upscaler(way, getattr(torch, dtype)), run)
+    if int(tiles):
+        return {**memory, "below_peak_mib_after_each_tile":
+                [round((max(peaks) - p) / 2**20, 1) for p in peaks]}
     return {"seconds": seconds[0], **memory}
+
+
+def _only_first(count: int) -> None:
+    """Let every tiling, and the measuring of norms before decoding, end after so many tiles."""
+    from itertools import islice
+
+    from quanttune.host import tiled_decode, tiles
+
+    tiles_of, thinned = tiles.Tiling.__iter__, tiled_decode._thinned
+    tiles.Tiling.__iter__ = lambda self: islice(tiles_of(self), count)
+    tiled_decode._thinned = lambda *arguments: islice(thinned(*arguments), count)
 
 
 def _upscaler(way: str, dtype):
@@ -248,7 +274,7 @@ def ratios(found: dict) -> dict:
         result["mem_ratio_int8"] = rows[INT8]["peak_mib"] / rows[TUNED]["peak_mib"]
         result["time_ratio_int8"] = {
             n: rows[INT8]["seconds"][n] / rows[TUNED]["seconds"][n] for n in rows[INT8]["seconds"]}
-    small, large = (ways.get(f"{TILED}, {side}", {}) for side in (SIDES[0], SIDES[-1]))
+    small, large = (_whole_or_first(ways, side) for side in (SIDES[0], SIDES[-1]))
     if "peak_mib" in small and "peak_mib" in large:
         result["upscale_mem_ratio_1024_vs_256"] = large["peak_mib"] / small["peak_mib"]
     for side in SIDES:
@@ -261,6 +287,12 @@ def ratios(found: dict) -> dict:
     if "built_mib" in eight and "built_mib" in small:
         result["upscale_resident_ratio_8bit"] = eight["built_mib"] / small["built_mib"]
     return result
+
+
+def _whole_or_first(ways: dict, side: int) -> dict:
+    """The row of the tiled way of all tiles, or else of the first ones."""
+    name = _row(TILED, side)
+    return next((ways[k] for k in (name, *ways) if k in ways and k.startswith(name)), {})
 
 
 def tables(found: dict) -> str:
@@ -276,8 +308,9 @@ def tables(found: dict) -> str:
         lines += ["", "| upscaling to four times the side | s a step, with decoding | weights, MiB "
                       "| peak, MiB |", "|---|---|---|---|"]
         for name, row in ways.items():
+            time = f"{row['seconds']:.0f}" if "seconds" in row else ""
             cells = (f"{row['failed']} | | " if "failed" in row else
-                     f"{row['seconds']:.0f} | {row['built_mib']:.0f} | {row['peak_mib']:.0f}")
+                     f"{time} | {row['built_mib']:.0f} | {row['peak_mib']:.0f}")
             lines.append(f"| {name} | {cells} |")
     lines += ["", "| ratio | measured | target |", "|---|---|---|"]
     for name, value in ratios(found).items():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import comfy.model_management
 import torch
 
+from ..quant.paging import give_back
 from .shared_norms import SharedNorms
 from .tiles import Tiling, tiling
 
@@ -72,11 +73,13 @@ def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
         with norms.measured():
             for source in _thinned(latent, shape[2:]):
                 decode(source)
+                give_back()
         with norms.applied():
             for tile in tiles:
                 part = decode(latent[..., _shrunk(tile.rows, scale), _shrunk(tile.columns, scale)])
                 tile.add(whole, vae.process_output(part.to(whole.device, torch.float32))[0, :3])
                 del part
+                give_back()
                 tile_done()
     picture.clamp_(0, 1)  # weights sum to one but for their last bit
 

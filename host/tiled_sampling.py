@@ -9,6 +9,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..quant.paging import give_back
 from .tiles import Tile, Tiling
 
 KEY = "quanttune_tiles"
@@ -74,6 +75,7 @@ class TiledSampling:
             for total, part in zip(whole, parts):
                 tile.add(total, part)
             del parts
+            give_back()
             self.tile_done()
         return whole
 

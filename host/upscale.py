@@ -12,6 +12,7 @@ import latent_preview
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.paging import give_back
 from .explain import explained
 from .tiled_decode import decode_into, decode_tiling
 from .tiled_sampling import TiledSampling
@@ -70,10 +71,12 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
     latents = []
     for index, picture in enumerate(image):
         low_res = noised(model, picture, noise_level, seed + index)
+        give_back()
         attached = TiledSampling(tiles, low_res, noise_level, bar.tile).attach(model)
         latents.append(_sampled(attached, host, tiles, positive, negative, cfg,
                                 seed + index, bar, (height, width)))
         del low_res, attached
+        give_back()
     device = comfy.model_management.intermediate_device()
     result = torch.zeros(count, SCALE * height, SCALE * width, 4 if channels == 4 else 3,
                          device=device)

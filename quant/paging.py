@@ -94,6 +94,16 @@ def let_go(size: int) -> None:
         trim(0)
 
 
+def give_back() -> None:
+    """Hand what the C library keeps of freed memory back to the system, at the end of a stage.
+
+    A stage of many blocks of other sizes than the next one's leaves hundreds of MiB that the next
+    one may not find a use for.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
 @functools.cache
 def _trim():
     """glibc's malloc_trim, or None with another C library."""
