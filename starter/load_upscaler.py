@@ -12,7 +12,7 @@ import torch
 
 from ..quant.errors import QuantTuneError
 from .load import FOLDER, load_clip, patcher_of
-from .upscaler_config import FACTOR, FILE
+from .upscaler_config import FACTOR, FILE, LATENT_RGB, LATENT_RGB_BIAS
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 REPAIR = "install the pack again, or restore the file from its repository."
@@ -80,6 +80,9 @@ def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
         comfy.supported_models.SD_X4Upscaler(config), state, model_options, disable_dynamic
     )
     check(path, names, patcher.model.diffusion_model)
+    # Of this model's own instance; the class's are the full-size autoencoder's.
+    shown = patcher.model.latent_format
+    shown.latent_rgb_factors, shown.latent_rgb_factors_bias = LATENT_RGB, LATENT_RGB_BIAS
     patcher.cached_patcher_init = (load_unet, (path, model_options))
     return patcher
 

@@ -64,6 +64,16 @@ SCALE_FACTOR = 0.08333
 """The host's latent format of x4 upscalers multiplies latents by this; the autoencoder's last
 1 x 1 convolution divides by it, so that the UNet sees latents of unit variance."""
 
+LATENT_RGB = [
+    [0.2136, 0.2127, 0.2128],
+    [0.1734, 0.0002, -0.1739],
+    [0.0562, -0.1137, 0.0570],
+    [-0.0056, -0.0010, -0.0006],
+]
+LATENT_RGB_BIAS = [0.2617, 0.1425, 0.1008]
+"""The colour in -1..1 that a place's latent (as the diffusion model sees it) shows is latent x
+factors + bias: what live previews are made by. `upscaler_preview.py` fits them."""
+
 LINEAR_START, LINEAR_END, STEPS = 1e-4, 2e-2, 1000
 """Square roots of the noise variances run evenly between those of the first two."""
 

@@ -76,6 +76,57 @@ def test_flat_colour_keeps_its_colour_at_any_size(parts):
             assert (again[:, 8:-8, 8:-8] - flat[:, 8:-8, 8:-8]).abs().mean() < 0.03
 
 
+@pytest.fixture(scope="module")
+def scene():
+    """A held-out scene: what it shows in words, and its picture of 128 pixels."""
+    from quanttune.starter.upscaler_evaluate import held_out, resize
+
+    told, truth, _ = held_out(2)
+    return told[1], resize(truth[1:], 128, "area")
+
+
+@pytest.mark.parametrize("precision", ["float", "8-bit"])
+def test_the_live_preview_has_the_colours_of_the_result(parts, scene, monkeypatch, precision):
+    import comfy.latent_formats
+    import numpy as np
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    from quanttune.host.precision import at_precision
+    from quanttune.host.upscale import upscale
+    from quanttune.host.upscale_inputs import conditioning
+    from quanttune.starter.upscaler_config import DELICATE, SETTINGS
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    (words, small), seen = scene, []
+    model, clip, vae = parts
+    with torch.inference_mode():
+        if precision != "float":
+            model = at_precision(model, precision, "x", DELICATE)
+        prompts = conditioning(clip, words, "", None, None, 2.0)
+        settings = {**SETTINGS, "progress": lambda done, total, shown: seen.append(shown)}
+        out = upscale(model, vae, small, *prompts, **settings)
+    seen = [shown[1] for shown in seen if shown]
+    last = torch.from_numpy(np.array(seen[-1])).float() / 255
+    means = torch.nn.functional.avg_pool2d(out.movedim(-1, 1), FACTOR)[0].movedim(0, -1)
+    assert len(seen) == 4 and last.shape == means.shape
+    assert (last - means).abs().mean() < 0.02
+    # The full-size autoencoder's colours, which are false here, and stay in the host's class.
+    false = comfy.latent_formats.SD_X4()
+    assert false.latent_rgb_factors != model.model.latent_format.latent_rgb_factors
+    assert false.latent_rgb_factors_bias is None
+
+
+def test_the_preview_factors_are_those_that_the_recipe_fits(parts):
+    from quanttune.starter.upscaler_config import LATENT_RGB, LATENT_RGB_BIAS
+    from quanttune.starter.upscaler_preview import fit, scenes
+
+    factors, bias, off = fit(parts[2], scenes(6, first=100))
+    assert off < 0.02
+    # The fourth latent holds detail, and hardly any colour.
+    assert (factors - torch.tensor(LATENT_RGB)).abs().max() < 0.02
+    assert (bias - torch.tensor(LATENT_RGB_BIAS)).abs().max() < 0.03
+
+
 def test_it_comes_nearer_to_the_original_than_bicubic(parts):
     """`results.json` has the figures over more pictures."""
     from quanttune.starter.upscaler_evaluate import held_out, psnr, resize, upscale
