@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from .lora_keys import brief
 
 
 def float_model(config, construct: Callable, state: dict[str, Tensor], where: str,
@@ -71,6 +72,26 @@ def check_fits(skeleton: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]],
             raise QuantTuneError(
                 f"{where} does not fit its own configuration: {key} has the shape "
                 f"{list(shapes[key])}, not {list(shape)}; download or save it again.")
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str,
+                  advice: str = "download or save it again.") -> None:
+    """Refuse tensors that cannot be a float network's: whole numbers, NaN and infinite ones.
+
+    Args:
+        tensors: by name; each is read once, nothing of its size is allocated.
+        where: what to call them in messages.
+        advice: the end of the message.
+    """
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise QuantTuneError(f"{where} holds {str(value.dtype).removeprefix('torch.')} in "
+                                 f"'{brief(key)}' where a float network has fractions; {advice}")
+        if value.numel() and value.device.type != "meta":
+            wide = value if value.element_size() > 1 else value.float()
+            if not all(bool(end.isfinite()) for end in torch.aminmax(wide)):
+                raise QuantTuneError(
+                    f"{where} holds NaN or infinite values in '{brief(key)}'; {advice}")
 
 
 def unbuilt(where: str, error: Exception) -> QuantTuneError:

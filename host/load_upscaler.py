@@ -20,10 +20,10 @@ import folder_paths
 import torch
 
 from ..quant import QuantTuneError
-from .float_model import check_fits, float_model, unbuilt
+from .float_model import check_fits, check_numbers, float_model, unbuilt
 from .precision import at_precision, check_precision
 from .upscaler_diffusers import Part, check_pipeline, read_text, read_unet, read_vae
-from .upscaler_files import CHANNELS, WHERE, check_file, find_upscaler
+from .upscaler_files import CHANNELS, UNET, VAE, WHERE, check_file, find_upscaler
 from .upscaler_weights import MODEL
 
 FACTOR = 4
@@ -117,6 +117,10 @@ def load_folder_vae(folder: str, disable_dynamic: bool = False):
 def load_checkpoint(path: Path):
     """MODEL, CLIP and VAE of a single file in the original names, by the host's own loader."""
     check_file(path)
+    tensors = comfy.utils.load_torch_file(str(path))
+    check_numbers({key: value for key, value in tensors.items() if key.startswith((UNET, VAE))},
+                  f"The file {path}")
+    del tensors
     return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=_embeddings())[:3]
 
 
@@ -131,6 +135,7 @@ def upscaler_model(part: Part, disable_dynamic: bool = False):
         QuantTuneError: tensors that do not fit the configuration.
     """
     family = comfy.model_base.SD_X4Upscaler
+    check_numbers(part.state, part.where)
     try:
         config = comfy.supported_models.SD_X4Upscaler(part.config)
         config.unet_config.update(part.config)  # the family's own settings are those of one size
@@ -155,6 +160,7 @@ def upscaler_vae(part: Part):
     except Exception as error:  # as for the UNet
         raise unbuilt(part.where, error) from error
     check_fits(skeleton, {k: v.shape for k, v in part.state.items()}, part.where)
+    check_numbers(part.state, part.where)
     vae = comfy.sd.VAE(sd=part.state, config={"params": dict(part.config)})
     # The host finds this out itself only where it makes the configuration.
     vae.downscale_ratio = vae.upscale_ratio = FACTOR
@@ -171,6 +177,7 @@ def upscaler_clip(part: Part, disable_dynamic: bool = False):
     skeleton = comfy.clip_model.CLIPTextModel({"eos_token_id": 0, **part.config}, torch.float32,
                                               "meta", comfy.ops.manual_cast)
     check_fits(skeleton, {k: v.shape for k, v in part.state.items()}, part.where)
+    check_numbers(part.state, part.where)
     target = comfy.supported_models_base.ClipTarget(sd2.SD2Tokenizer, sd2.SD2ClipModel)
     # diffusers keeps the layers up to the one whose output is taken, so that it is the last.
     target.params["layer"] = "last"

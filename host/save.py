@@ -20,6 +20,7 @@ from ..quant.int8 import Int8Weight
 from ..quant.safe_file import write_safetensors
 from .build import quantized_model
 from .folders import output_path
+from .int8 import OPTION as MODE
 from .routing import OPTION as ROUTER
 
 
@@ -129,9 +130,14 @@ def mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:
 
 def _left_out(patcher) -> list[str]:
     """What is applied to a MODEL and not in its file, in words."""
-    if ROUTER in patcher.model_options["transformer_options"]:
-        return ["The scales that are applied to it are not in the file; 'Save Scales' keeps them."]
-    return []
+    options, lines = patcher.model_options["transformer_options"], []
+    if ROUTER in options:
+        lines += ["The scales that are applied to it are not in the file; 'Save Scales' keeps "
+                  "them."]
+    if (mode := options.get(MODE)) is not None and mode.ranges is None:
+        lines += ["The file holds its integers, not that they are multiplied as such; put 'Dynamic "
+                  "INT8' after 'Load Quantized UNet'."]
+    return lines
 
 
 def save_scales(scale_set: ScaleSet, prefix: str) -> tuple[str, str]:

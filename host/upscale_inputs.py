@@ -61,6 +61,9 @@ def check_image(image) -> torch.Tensor:
     if not height or not width:
         raise QuantTuneError(f"The picture is empty ({width} x {height} pixels); connect one with "
                              "at least one pixel.")
+    if not image.is_floating_point():
+        raise QuantTuneError(f"The image holds whole numbers ({image.dtype}), but ComfyUI's images "
+                             "are fractions of 0 to 1; divide what makes it by 255.")
     if not bool(torch.isfinite(image).all()):
         raise QuantTuneError("The image holds NaN or infinite values; check what makes it.")
     return image
@@ -82,7 +85,10 @@ def check_settings(model, *, noise_level: int, steps: int, sampler: str, schedul
     if tile_size < SMALLEST_TILE:
         raise QuantTuneError(f"The tile_size is {tile_size}, but tiles have at least "
                              f"{SMALLEST_TILE} pixels a side.")
-    if not 0 <= overlap < tile_size:
+    if overlap < 0:
+        raise QuantTuneError(f"The overlap is {overlap}, but tiles share 0 pixels at least; 16 "
+                             "suits most images.")
+    if overlap >= tile_size:
         raise QuantTuneError(f"The overlap of {overlap} pixels has to be smaller than the tile_size"
                              f" of {tile_size}; make the tiles larger or the overlap smaller.")
 
@@ -91,13 +97,16 @@ def conditioning(clip, prompt: str, negative_prompt: str, positive, negative,
                  cfg: float) -> tuple[list, list]:
     """Positive and negative CONDITIONING: what is connected, or else what CLIP makes of the words.
 
-    Raises QuantTuneError when there is neither. Without guidance (``cfg`` 1) the negative one may
-    be missing; the positive one stands for it, for samplers that ask for it all the same.
+    Raises QuantTuneError when there is neither, or what is connected is empty. Without guidance
+    (``cfg`` 1) the negative one may be missing; the positive one stands for it, for samplers that
+    ask for it all the same.
     """
     found = []
     for name, text, given in (("positive", prompt, positive),
                               ("negative", negative_prompt, negative)):
-        if given is not None and len(given):
+        if given is not None:
+            if not len(given):
+                raise _empty(name)
             found.append(list(given))
         elif clip is not None:
             found.append(list(clip.encode_from_tokens_scheduled(clip.tokenize(text))))
@@ -114,13 +123,21 @@ def check_conditioning(model, positive: Sequence, negative: Sequence) -> None:
     needed = model.model.model_config.unet_config.get("context_dim")
     for name, conds in (("positive", positive), ("negative", negative)):
         if not len(conds):
-            raise QuantTuneError(f"The {name} conditioning is empty; connect a prompt's.")
+            raise _empty(name)
         for embedding, extra in conds:
+            if not isinstance(embedding, torch.Tensor) or embedding.ndim != 3:
+                raise QuantTuneError(f"The {name} conditioning holds no prompt that a text encoder "
+                                     "has read; connect 'CLIP Text Encode', or nothing.")
             for key, told in NOT_CROPPED.items():
                 if extra.get(key) is not None:
                     raise QuantTuneError(f"The {name} conditioning has {told}, which cannot be "
                                          "applied tile by tile; connect the prompt's own.")
-            if embedding is not None and needed and embedding.shape[-1] != needed:
+            if needed and embedding.shape[-1] != needed:
                 raise QuantTuneError(
                     f"The {name} prompt was read by a text encoder of width {embedding.shape[-1]}, "
                     f"but this upscaler needs {needed}; connect the CLIP that belongs to it.")
+
+
+def _empty(name: str) -> QuantTuneError:
+    return QuantTuneError(f"The {name} conditioning is empty; connect a prompt's, or nothing so "
+                          "that the words of this node are read.")

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import comfy.clip_model
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -15,6 +17,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ..host.float_model import check_fits, check_numbers
 from ..quant.errors import QuantTuneError
 from .config import CLIP, TOKENS, VOCABULARY_SIZE
 
@@ -101,6 +104,7 @@ def load_clip(path: str, embedding_directory=None, disable_dynamic: bool = False
     shared unknown row. Prompts are tokenized into pieces of `config.TOKENS`.
     """
     state, _ = read(path)
+    check_text(path, state)
     rows, ids = state.pop("token_rows"), state.pop("token_ids").long()
     table = rows[:1].expand(VOCABULARY_SIZE, -1).clone()
     table[ids] = rows[1:]
@@ -119,6 +123,30 @@ def load_clip(path: str, embedding_directory=None, disable_dynamic: bool = False
     )
     clip.patcher.cached_patcher_init = (load_clip_patcher, (path, embedding_directory))
     return clip
+
+
+def check_text(path: str, state: dict[str, torch.Tensor]) -> None:
+    """Raise QuantTuneError unless these are the tensors of the starter's text encoder."""
+    where = f"The starter model's text encoder {Path(path).name}"
+    repair = "restore the file from the pack's repository."
+    skeleton = comfy.clip_model.CLIPTextModel(CLIP, torch.float32, "meta", comfy.ops.manual_cast)
+    table = "text_model.embeddings.token_embedding.weight"
+    rows, ids = state.get("token_rows"), state.get("token_ids")
+    if rows is None or ids is None:
+        raise QuantTuneError(
+            f"{where} has no 'token_rows' or 'token_ids', so it is another file; {repair}"
+        )
+    width = CLIP["hidden_size"]
+    fit = ids.ndim == 1 and len(ids) and tuple(rows.shape) == (len(ids) + 1, width)
+    if not fit or ids.is_floating_point() or not 0 <= ids.min() <= ids.max() < VOCABULARY_SIZE:
+        raise QuantTuneError(
+            f"{where} has token_rows of {list(rows.shape)} and token_ids of {list(ids.shape)} that "
+            f"do not belong together; {repair}"
+        )
+    rest = {k: v for k, v in state.items() if k not in ("token_rows", "token_ids")}
+    shapes = {k: v.shape for k, v in rest.items()}
+    check_fits(skeleton, {**shapes, table: (VOCABULARY_SIZE, width)}, where)
+    check_numbers({**rest, "token_rows": rows}, where, repair)
 
 
 def load_clip_patcher(path: str, embedding_directory=None, disable_dynamic: bool = False):

@@ -10,6 +10,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
+from ..host.float_model import check_numbers
 from ..quant.errors import QuantTuneError
 from .load import FOLDER, load_clip, patcher_of
 from .upscaler_config import FACTOR, FILE, LATENT_RGB, LATENT_RGB_BIAS
@@ -56,6 +57,7 @@ def read(path: str, part: str, prefix: str) -> tuple[dict[str, torch.Tensor], di
             f"{name} carries no `{part}`, so it is not the small upscaler; {REPAIR}"
         )
     inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    check_numbers(inside, f"The upscaler's file {name}", REPAIR)
     try:
         return inside, json.loads(metadata[part])
     except (ValueError, RecursionError) as error:

@@ -18,7 +18,9 @@ def test_bad_pictures(parts):
 
     bad = {"no picture": torch.zeros(0, 8, 8, 3), r"empty \(8 x 0": torch.zeros(1, 0, 8, 3),
            "NaN": torch.full((1, 8, 8, 3), torch.nan), "channels": torch.zeros(1, 8, 8, 2),
-           r"is \[8, 8, 3\]": torch.zeros(8, 8, 3), "is NoneType": None}
+           r"is \[8, 8, 3\]": torch.zeros(8, 8, 3), "is NoneType": None,
+           r"whole numbers \(torch.uint8\)": torch.full((1, 8, 8, 3), 255, dtype=torch.uint8),
+           r"whole numbers \(torch.int64\)": torch.ones(1, 8, 8, 3, dtype=torch.int64)}
     for match, picture in bad.items():
         with pytest.raises(QuantTuneError, match=match) as caught:
             run(parts, picture)
@@ -30,7 +32,8 @@ def test_bad_settings(parts):
 
     for match, settings in {
         "0 to 350": {"noise_level": 351}, "at least one": {"steps": 0},
-        "overlap of 64": {"overlap": 64}, "at least 64": {"tile_size": 32, "overlap": 0},
+        "overlap of 64": {"overlap": 64}, "is -8, but tiles share 0": {"overlap": -8},
+        "at least 64": {"tile_size": 32, "overlap": 0},
         "no sampler 'x'": {"sampler": "x"}, "no scheduler 'x'": {"scheduler": "x"},
     }.items():
         with pytest.raises(QuantTuneError, match=match):
@@ -79,6 +82,9 @@ def test_conditioning_that_tiles_cannot_follow(parts):
                 upscale(*parts, image(8, 8), *both)
     with pytest.raises(QuantTuneError, match="negative conditioning is empty"):
         upscale(*parts, image(8, 8), prompt(), [])
+    for empty in ([[None, {}]], [[torch.zeros(7, 32), {}]]):
+        with pytest.raises(QuantTuneError, match="positive conditioning holds no prompt"):
+            upscale(*parts, image(8, 8), empty, prompt())
     with pytest.raises(QuantTuneError, match="width 768, but this upscaler needs 32"):
         upscale(*parts, image(8, 8), [[torch.zeros(1, 7, 768), {}]], prompt())
 
@@ -101,6 +107,9 @@ def test_words_or_conditioning(comfy_inprocess):
     positive, negative = conditioning(None, "", "", prompt(), None, 1.0)
     assert positive is negative
     for match, arguments in {"the positive prompt": (None, "a", "", None, prompt(), 9.0),
-                             "the negative prompt": (None, "", "", prompt(), None, 9.0)}.items():
+                             "the negative prompt": (None, "", "", prompt(), None, 9.0),
+                             "positive conditioning is empty": (Clip(), "a", "", [], None, 9.0),
+                             "negative conditioning is empty": (Clip(), "a", "", None, [], 1.0),
+                             }.items():
         with pytest.raises(QuantTuneError, match=match):
             conditioning(*arguments)

@@ -164,9 +164,67 @@ def test_a_file_that_describes_another_network_says_so(tmp_path, config):
         load_starter_upscaler(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("name", ["model.diffusion_model.out.2.weight",
+                                  "first_stage_model.post_quant_conv.bias"])  # fmt: skip
+@pytest.mark.parametrize("bad, words", [(torch.nan, "NaN or infinite values in"),
+                                        (-torch.inf, "NaN or infinite values in"),
+                                        (None, "holds int8 in")])  # fmt: skip
+def test_a_file_with_no_numbers_for_weights_says_so(tmp_path, name, bad, words):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from quanttune.starter.load_upscaler import load_starter_upscaler
+
+    state = load_file(FILE)
+    if bad is None:
+        state[name] = state[name].to(torch.int8)
+    else:
+        state[name].view(-1)[1] = bad
+    with safe_open(FILE, "pt") as file:
+        metadata = file.metadata()
+    save_file(state, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(QuantTuneError, match=f"bad.safetensors (holds )?{words}"):
+        load_starter_upscaler(tmp_path / "bad.safetensors")
+
+
+def with_(**changes):
+    """A change to the text encoder's tensors; None leaves one out."""
+    return lambda state: {k: v for k, v in {**state, **changes}.items() if v is not None}
+
+
+TEXT = {
+    "another file": (lambda state: {"a": torch.zeros(2)}, "so it is another file"),
+    "no ids": (with_(token_ids=None), "so it is another file"),
+    "more ids than rows": (with_(token_ids=torch.arange(99)), "do not belong together"),
+    "no list of ids": (with_(token_ids=torch.tensor(3)), "do not belong together"),
+    "ids of no token": (with_(token_ids=torch.arange(83) - 1), "do not belong together"),
+    "fractions": (with_(token_ids=torch.arange(83).float()), "do not belong together"),
+    "wider": (with_(**{"text_model.final_layer_norm.bias": torch.zeros(129)}), "has the shape"),
+    "less": (with_(**{"text_model.final_layer_norm.bias": None}), "lacks the tensor"),
+    "more": (with_(another=torch.zeros(1)), "unknown tensor 'another'"),
+    "NaN": (with_(token_rows=torch.full((84, 128), torch.nan)), "NaN or infinite"),
+    "whole": (with_(token_rows=torch.ones(84, 128).int()), "holds int32"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_another_text_encoder_in_the_shipped_ones_place(tmp_path, parts, kind):
+    from safetensors.torch import load_file, save_file
+
+    from quanttune.starter.load import FOLDER, load_clip
+
+    change, words = TEXT[kind]
+    path = tmp_path / "clip.safetensors"
+    save_file(change(load_file(FOLDER / "clip.safetensors")), path)
+    with pytest.raises(QuantTuneError, match=words) as caught:
+        load_clip(str(path))
+    assert "clip.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_the_committed_figures_beat_bicubic():
     figures = json.loads((FILE.parent / "results.json").read_text("utf-8"))
     ours, bicubic = figures["means: ours"], figures["means: bicubic"]
+    assert figures["settings"]["count"] >= 24
     assert ours["psnr"] > bicubic["psnr"] + 1
     assert ours["feature_distance"] < bicubic["feature_distance"]
 
