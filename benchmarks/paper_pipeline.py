@@ -274,8 +274,8 @@ def ratios(found: dict) -> dict:
         result["mem_ratio_int8"] = rows[INT8]["peak_mib"] / rows[TUNED]["peak_mib"]
         result["time_ratio_int8"] = {
             n: rows[INT8]["seconds"][n] / rows[TUNED]["seconds"][n] for n in rows[INT8]["seconds"]}
-    small, large = (_whole_or_first(ways, side) for side in (SIDES[0], SIDES[-1]))
-    if "peak_mib" in small and "peak_mib" in large:
+    if pair := _compared(ways):
+        small, large = pair
         result["upscale_mem_ratio_1024_vs_256"] = large["peak_mib"] / small["peak_mib"]
     for side in SIDES:
         tiled, whole = (ways.get(f"{way}, {side}", {}) for way in (TILED, WHOLE))
@@ -283,16 +283,22 @@ def ratios(found: dict) -> dict:
             end = "" if side == SIDES[0] else f"_{side}"
             result[f"upscale_time_ratio_tiled{end}"] = tiled["seconds"] / whole["seconds"]
             result[f"upscale_mem_ratio_tiled{end}"] = tiled["peak_mib"] / whole["peak_mib"]
-    eight = ways.get(f"{TILED_8}, {SIDES[0]}", {})
+    small, eight = (ways.get(_row(way, SIDES[0]), {}) for way in (TILED, TILED_8))
     if "built_mib" in eight and "built_mib" in small:
         result["upscale_resident_ratio_8bit"] = eight["built_mib"] / small["built_mib"]
     return result
 
 
-def _whole_or_first(ways: dict, side: int) -> dict:
-    """The row of the tiled way of all tiles, or else of the first ones."""
-    name = _row(TILED, side)
-    return next((ways[k] for k in (name, *ways) if k in ways and k.startswith(name)), {})
+def _compared(ways: dict) -> tuple[dict, dict] | None:
+    """The tiled rows of the smallest and the largest picture: of all tiles, or else both of as
+    many of the first; None without such a pair."""
+    names = [_row(TILED, side) for side in (SIDES[0], SIDES[-1])]
+    ends = [k.removeprefix(names[0]) for k in ways if k.startswith(names[0])]
+    for end in sorted(ends, key=len):
+        pair = tuple(ways.get(name + end, {}) for name in names)
+        if all("peak_mib" in row for row in pair):
+            return pair
+    return None
 
 
 def tables(found: dict) -> str:

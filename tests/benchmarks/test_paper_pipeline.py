@@ -27,6 +27,28 @@ def test_the_ratios_are_those_of_the_rows():
     assert ratios["upscale_resident_ratio_8bit"] == 0.3
 
 
+def test_the_first_tiles_are_compared_with_the_first_tiles():
+    ways = {"tiled, 256": {"peak_mib": 50.0}, "tiled, 256, first 2 tiles": {"peak_mib": 10.0},
+            "tiled, 256, first 3 tiles": {"peak_mib": 20.0},
+            "tiled, 1024, first 3 tiles": {"peak_mib": 21.0}}
+    name = "upscale_mem_ratio_1024_vs_256"
+    assert paper_pipeline.ratios({"upscale": ways})[name] == 1.05
+    ways["tiled, 1024"] = {"peak_mib": 60.0}
+    assert paper_pipeline.ratios({"upscale": ways})[name] == 1.2
+    assert name not in paper_pipeline.ratios({"upscale": {"tiled, 256": {"peak_mib": 5.0}}})
+
+
+def test_only_the_first_tiles(comfy_inprocess, monkeypatch):
+    from quanttune.host import tiled_decode, tiles
+
+    for place, name in ((tiles.Tiling, "__iter__"), (tiled_decode, "_thinned")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    plan = tiles.tiling(100, 100, 30, 5)
+    assert len(list(plan)) == 16
+    paper_pipeline._only_first(3)
+    assert len(list(plan)) == 3 and len(plan) == 16
+
+
 def test_the_committed_figures_are_complete():
     found = json.loads(RESULTS.read_text("utf-8"))
     assert paper_pipeline.ratios(found).items() <= found.items()

@@ -58,3 +58,73 @@ def test_the_defaults(node, loaded):
     found, = run_node(node, **loaded, image=image(8, 8), positive=prompt(), negative=prompt(1),
                       steps=2).args
     assert found.shape == (1, 32, 32, 3)
+
+
+def checkpoint_of_the_smallest(path):
+    """A file in the original names that the host's own detection knows: four levels of one block
+    each and the VAE of the real size, random weights."""
+    import comfy.ldm.models.autoencoder
+    import comfy.model_base
+    import comfy.supported_models
+    from safetensors.torch import save_file
+
+    from quanttune.host.upscaler_diffusers import unet_config
+    from quanttune.tests.host import upscalers
+
+    config = unet_config({**upscalers.REAL_UNET, "block_out_channels": [256] * 4,
+                          "layers_per_block": 1}, "test")
+    family = comfy.supported_models.SD_X4Upscaler(config)
+    vae = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
+           "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [],
+           "dropout": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    with torch.device("meta"):
+        parts = {
+            "model.diffusion_model.":
+                comfy.model_base.SD_X4Upscaler(family, device="meta").diffusion_model,
+            "first_stage_model.":
+                comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=vae, embed_dim=4)}
+    for prefix, module in parts.items():
+        for key, value in module.state_dict().items():
+            spread = value[0].numel() ** -0.5 if value.ndim > 1 else 0.1
+            drawn = torch.empty(value.shape, dtype=torch.float16).normal_(
+                float(value.ndim == 1 and key.endswith("weight")), spread, generator=generator)
+            state[prefix + key] = drawn
+    save_file(state, path)
+
+
+def test_the_stock_checkpoint_loaders_model_and_vae(node, host_folders):
+    """The route without a loader of ours: the host detects the upscaler in its own file."""
+    import comfy.model_base
+    import nodes
+
+    from quanttune.host.load_upscaler import load_upscaler
+
+    checkpoint_of_the_smallest(host_folders / "models" / "checkpoints" / "x4.safetensors")
+    words = [[torch.randn(1, 7, 1024, generator=torch.Generator().manual_seed(3)), {}]]
+    found = []
+    with torch.inference_mode():
+        for load in (nodes.CheckpointLoaderSimple().load_checkpoint, load_upscaler):
+            model, _, vae = load("x4.safetensors")
+            assert isinstance(model.model, comfy.model_base.SD_X4Upscaler)
+            found += run_node(node, image=image(16, 70), model=model, vae=vae, positive=words,
+                              negative=words, steps=1, cfg=1.0, tile_size=64).args
+    assert found[0].shape == (1, 64, 280, 3) and found[0].std() > 0.01
+    assert torch.equal(*found)
+
+
+def test_a_damaged_number_in_a_single_file(node, host_folders):
+    from safetensors.torch import load_file, save_file
+
+    from quanttune.host.load_upscaler import load_upscaler
+    from quanttune.quant import QuantTuneError
+
+    path = host_folders / "models" / "checkpoints" / "x4.safetensors"
+    checkpoint_of_the_smallest(path)
+    state = load_file(path)
+    name = "first_stage_model.decoder.conv_out.weight"
+    for bad, words in ((state[name] * torch.nan, "NaN"), (state[name].int(), "int32")):
+        save_file({**state, name: bad}, path)
+        with pytest.raises(QuantTuneError, match=f"{words}.*{name}"):
+            load_upscaler("x4.safetensors")
