@@ -72,19 +72,18 @@ def checkpoint_of_the_smallest(path):
     from quanttune.tests.host import upscalers
 
     config = unet_config({**upscalers.REAL_UNET, "block_out_channels": [256] * 4,
-                          "layers_per_block": 1}, "test")
+                          "layers_per_block": 1, "up_block_types": list(upscalers.UP),
+                          "only_cross_attention": [True, True, True, False]}, "test")
     family = comfy.supported_models.SD_X4Upscaler(config)
     vae = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
            "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [],
            "dropout": 0.0}
     generator = torch.Generator().manual_seed(0)
     state = {}
+    unet = comfy.model_base.SD_X4Upscaler(family, device="meta").diffusion_model
     with torch.device("meta"):
-        parts = {
-            "model.diffusion_model.":
-                comfy.model_base.SD_X4Upscaler(family, device="meta").diffusion_model,
-            "first_stage_model.":
-                comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=vae, embed_dim=4)}
+        decoder = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=vae, embed_dim=4)
+    parts = {"model.diffusion_model.": unet, "first_stage_model.": decoder}
     for prefix, module in parts.items():
         for key, value in module.state_dict().items():
             spread = value[0].numel() ** -0.5 if value.ndim > 1 else 0.1
