@@ -168,7 +168,7 @@ def sheet(shown: dict[str, torch.Tensor], kind: str, rows: list[int]) -> np.ndar
 def main(argv: list[str] | None = None) -> None:
     """Run the measurement and write `upscale/results.json` and `upscale/samples.jpg`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--cfg", type=float, default=SETTINGS["cfg"])
     parser.add_argument("--noise-level", type=int, default=SETTINGS["noise_level"])

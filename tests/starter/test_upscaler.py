@@ -224,6 +224,7 @@ def test_another_text_encoder_in_the_shipped_ones_place(tmp_path, parts, kind):
 def test_the_committed_figures_beat_bicubic():
     figures = json.loads((FILE.parent / "results.json").read_text("utf-8"))
     ours, bicubic = figures["means: ours"], figures["means: bicubic"]
+    assert figures["settings"]["count"] >= 24
     assert ours["psnr"] > bicubic["psnr"] + 1
     assert ours["feature_distance"] < bicubic["feature_distance"]
 
