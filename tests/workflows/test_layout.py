@@ -1,0 +1,207 @@
+"""How every template looks when it is opened: areas, colours, room, a note that tells the whole.
+
+Only the files are read; `test_workflows.py` opens and runs them in the real frontend.
+"""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+each_workflow = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+
+# One colour, one meaning, in all templates; the nodes of an area have its colour, too.
+AREAS = {
+    "#4f9bd1": "#335",  # blue: what goes in: models, words, sizes, pictures to learn from
+    "#55b27a": "#353",  # green: what this pack does with it
+    "#b07cc6": "#535",  # purple: pictures and how they are drawn
+    "#4fb3b3": "#355",  # cyan: what was measured, and what is kept of it
+}
+NOTE_COLOUR = "#653"
+TITLE = 30  # height of the bar above a node's box
+AREA_TITLE = 34  # of the bar within an area
+PARTS = ("**What it does:**", "**What to change for your own:**", "**What it costs:**")
+DURATION = r"\d+ (seconds|minutes)|[Ss]ome seconds|[Aa]bout a minute"
+# A line of the note's text is 68 letters in its 380 pixels, and 13 pixels high.
+LINE_LETTERS, LINE_HEIGHT = 68, 13
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def box(node):
+    """[left, top, right, bottom] of a node, with its title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def area_box(group, inside=False):
+    x, y, width, height = group["bounding"]
+    return x, y + (AREA_TITLE if inside else 0), x + width, y + height
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def within(a, b):
+    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
+
+
+def problems(workflow):
+    """What an artist would stumble over, one sentence each; empty for a good template."""
+    found = []
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    nodes = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+    groups = workflow["groups"]
+    if len(notes) != 1:
+        return [f"{len(notes)} notes in place of one"]
+    found += note_problems(notes[0])
+    if len(groups) < 3:
+        found.append(f"only {len(groups)} areas")
+    for number, group in enumerate(groups, start=1):
+        if not re.match(rf"{number}\. \w", group.get("title") or ""):
+            found.append(f"area {group.get('title')!r} is not numbered {number}")
+        if group.get("color") not in AREAS:
+            found.append(f"area {group.get('title')!r} has the colour {group.get('color')}")
+    for node in nodes:
+        name = f"{node.get('title') or node['type']} ({node['id']})"
+        at = [group for group in groups if overlap(box(node), area_box(group))]
+        if len(at) != 1:
+            found.append(f"{name} touches {len(at)} areas")
+        elif not within(box(node), area_box(at[0], inside=True)):
+            found.append(f"{name} sticks out of {at[0]['title']!r}")
+        elif node.get("bgcolor") != AREAS.get(at[0].get("color")):
+            found.append(f"{name} has not the colour of {at[0]['title']!r}")
+    for one, other in combinations([*nodes, *notes], 2):
+        if overlap(box(one), box(other)):
+            found.append(f"nodes {one['id']} and {other['id']} overlap")
+    for one, other in combinations(groups, 2):
+        if overlap(area_box(one), area_box(other)):
+            found.append(f"areas {one['title']!r} and {other['title']!r} overlap")
+    for group in groups:
+        if overlap(box(notes[0]), area_box(group)):
+            found.append(f"the note lies in {group['title']!r}")
+        if not any(overlap(box(node), area_box(group)) for node in nodes):
+            found.append(f"area {group['title']!r} is empty")
+    return found
+
+
+def note_problems(note):
+    text = note["widgets_values"][0]
+    found = []
+    if not re.match(r"# \S[^\n]{4,50}\n\n\*\S[^\n*]{15,80}\.\*\n\n", text):
+        found.append("the note does not begin with a title and one line in italics")
+    places = [text.find(part) for part in PARTS]
+    if -1 in places or places != sorted(places):
+        found.append(f"the note lacks one of {', '.join(PARTS)}, or their order")
+    else:
+        for part, start, end in zip(PARTS, places, [*places[1:], len(text)]):
+            if len(text[start:end]) - len(part) < 60:
+                found.append(f"the note says next to nothing after {part}")
+        if not re.search(DURATION, text[places[2] :]):
+            found.append("the note does not say how long it takes")
+    if note.get("bgcolor") != NOTE_COLOUR:
+        found.append(f"the note has the colour {note.get('bgcolor')}")
+    lines = sum(-(-len(line) // LINE_LETTERS) for line in text.splitlines() if line)
+    if lines * LINE_HEIGHT > note["size"][1]:
+        found.append(f"the note's {lines} lines do not fit into {note['size'][1]} pixels")
+    return found
+
+
+@each_workflow
+def test_an_artist_finds_their_way(path):
+    assert problems(read(path)) == []
+
+
+def test_titles_and_lines_are_all_different():
+    notes = [
+        next(node for node in read(path)["nodes"] if node["type"] == "MarkdownNote")
+        for path in FILES
+    ]
+    heads = [note["widgets_values"][0].split("\n\n")[:2] for note in notes]
+    assert len({title for title, _ in heads}) == len({line for _, line in heads}) == len(FILES)
+
+
+@each_workflow
+def test_names_tell_the_order_and_the_subject(path):
+    assert re.fullmatch(r"\d\d(-[a-z0-9]+){1,5}", path.stem)
+    assert int(path.stem[:2]) == FILES.index(path) + 1
+
+
+def moved(workflow):
+    workflow["nodes"][2]["pos"] = list(workflow["nodes"][3]["pos"])
+
+
+def outside(workflow):
+    workflow["nodes"][-1]["pos"][0] += 5000
+
+
+def over_the_edge(workflow):
+    workflow["nodes"][-1]["pos"][0] += 60
+
+
+def grey(workflow):
+    workflow["groups"][0]["color"] = "#88a"
+
+
+def unpainted(workflow):
+    del workflow["nodes"][-1]["bgcolor"]
+
+
+def unnumbered(workflow):
+    workflow["groups"][1]["title"] = "Quantize"
+
+
+def no_areas(workflow):
+    workflow["groups"] = []
+
+
+def wide_area(workflow):
+    workflow["groups"][0]["bounding"][2] += 400
+
+
+def no_note(workflow):
+    workflow["nodes"] = workflow["nodes"][1:]
+
+
+def note_without_costs(workflow):
+    note = workflow["nodes"][0]["widgets_values"]
+    note[0] = note[0].split(PARTS[2])[0]
+
+
+def note_without_time(workflow):
+    note = workflow["nodes"][0]["widgets_values"]
+    note[0] = note[0].split(PARTS[2])[0] + PARTS[2] + " quite a lot of everything" * 4
+
+
+def small_note(workflow):
+    workflow["nodes"][0]["size"][1] = 100
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        moved,
+        outside,
+        over_the_edge,
+        grey,
+        unpainted,
+        unnumbered,
+        no_areas,
+        wide_area,
+        no_note,
+        note_without_costs,
+        note_without_time,
+        small_note,
+    ],
+)
+def test_a_spoilt_template_is_noticed(spoil):
+    workflow = read(FILES[0])
+    spoil(workflow)
+    assert problems(workflow)
