@@ -48,3 +48,63 @@ def save(
             path.write_bytes(data.getvalue())
             return path
     raise ValueError(f"{path.name} of {picture.size} does not fit into {limit} bytes")
+
+
+# What lies around a workflow on the page: side bar and tabs, and room at the other ends.
+_LEFT, _TOP, _RIGHT, _BOTTOM = 90, 110, 50, 80
+_SETTINGS = {
+    "Comfy.RightSidePanel.IsOpen": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # texts stay texts however far it is zoomed out
+}
+_BOUNDS = """() => {
+    const boxes = [...window.app.rootGraph.groups, ...window.app.rootGraph.nodes]
+        .map(x => [x.pos[0], x.pos[1] - 30, x.pos[0] + x.size[0], x.pos[1] + x.size[1]]);
+    return [Math.min, Math.min, Math.max, Math.max].map((f, i) => f(...boxes.map(b => b[i])));
+}"""
+_LOOK_AT = """([scale, left, top]) => {
+    const { ds } = window.app.canvas;
+    ds.scale = scale;
+    ds.offset = [left, top];
+    window.app.canvas.setDirty(true, true);
+}"""
+# Where the tests' own folder lies is nobody's business.
+_HIDE_FOLDERS = """() => window.app.rootGraph.nodes.flatMap(n => n.widgets ?? [])
+    .filter(w => w.name === 'quanttune_report')
+    .forEach(w => { w.value = w.value.replace(/\\S+[\\\\/](?=output[\\\\/])/g, '') })"""
+# The frontend gives up on a picture that a busy server is slow to send; without `images` it asks
+# again.
+_PICTURES_ARE_THERE = """() => {
+    const outputs = Object.entries(window.app.nodeOutputs ?? {});
+    const missing = outputs.filter(([, output]) => output?.images?.length)
+        .map(([id]) => window.app.rootGraph.getNodeById(Number(id)))
+        .filter(node => node && !(node.imgs?.length && node.imgs.every(i => i.complete)));
+    missing.forEach(node => { node.images = undefined });
+    window.app.canvas.setDirty(true, true);
+    return missing.length === 0;
+}"""
+
+
+def whole_graph(frontend: Any, zoom: float = 0.75) -> bytes:
+    """A screenshot (PNG) of the page with the whole workflow at about `zoom`, its pictures loaded.
+
+    The window takes the workflow's shape, so that little of it is empty.
+    """
+    page = frontend.page
+    left, top, right, bottom = page.evaluate(_BOUNDS)
+    width = max(1600, min(2900, round((right - left) * zoom) + _LEFT + _RIGHT))
+    height = max(760, min(1900, round((bottom - top) * zoom) + _TOP + _BOTTOM))
+    page.set_viewport_size({"width": width, "height": height})
+    scale = min(
+        (width - _LEFT - _RIGHT) / (right - left), (height - _TOP - _BOTTOM) / (bottom - top), 1.0
+    )
+    for name, value in _SETTINGS.items():
+        page.evaluate(
+            "async ([n, v]) => { await window.app.extensionManager.setting.set(n, v) }",
+            [name, value],
+        )
+    page.wait_for_timeout(500)
+    page.evaluate(_LOOK_AT, [scale, _LEFT / scale - left, _TOP / scale - top])
+    page.evaluate(_HIDE_FOLDERS)
+    page.wait_for_function(_PICTURES_ARE_THERE, timeout=120_000, polling=3000)
+    page.wait_for_timeout(1000)  # the move to the new view, and a frame of all of it
+    return page.screenshot()

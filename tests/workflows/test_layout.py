@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from quanttune.tests.harness import docs_images
+
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 each_workflow = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -205,3 +207,54 @@ def test_a_spoilt_template_is_noticed(spoil):
     workflow = read(FILES[0])
     spoil(workflow)
     assert problems(workflow)
+
+
+def test_the_template_browser_has_the_titles_and_lines_of_the_notes():
+    script = (FOLDER.parent / "web" / "js" / "template_titles.js").read_text("utf-8")
+    entries = re.findall(r'\[\s+"([^"]+)",\s+"([^"]+)",\s+"([^"]+)",\s+\]', script)
+    notes = {
+        path.stem: next(n for n in read(path)["nodes"] if n["type"] == "MarkdownNote")
+        for path in FILES
+    }
+    told = [note["widgets_values"][0].split("\n\n") for note in notes.values()]
+    expected = [(name, t[0][2:], t[1].strip("*")) for name, t in zip(notes, told)]
+    assert entries == expected
+
+
+PAGE = FOLDER.parent / "docs" / "workflows.md"
+HEAD = """# The workflows
+
+Each of them is a template in ComfyUI's browser (*Templates*, then the pack's name) and runs as it
+is, on the small model that ships with the pack. [The first run](first-run.md) shows how to open
+one.
+
+Colours mean the same in all of them: **blue** is what goes in (models, words, sizes, pictures to
+learn from), **green** what the pack does with it, **purple** the pictures, **cyan** what was
+measured or is kept. What stands below is the note in each workflow; the pictures are taken by the
+tests, in the real frontend.
+"""
+
+
+def page():
+    """`docs/workflows.md`, put together from the notes of the templates."""
+    parts = [HEAD]
+    for path in FILES:
+        note = next(node for node in read(path)["nodes"] if node["type"] == "MarkdownNote")
+        title, rest = note["widgets_values"][0].split("\n\n", 1)
+        line, text = rest.split("\n\n", 1)
+        picture = f"![{title[2:]}](images/workflows/{path.stem}.webp)"
+        parts.append(f"## {path.stem[:2]} {title[2:]}\n\n{line}\n\n{picture}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def test_the_page_of_workflows_says_what_their_notes_say():
+    if docs_images.WANTED:
+        PAGE.write_text(page(), "utf-8")
+    assert PAGE.read_text("utf-8") == page(), "QUANTTUNE_DOCS_IMAGES=1 writes it anew"
+
+
+@each_workflow
+def test_a_picture_shows_the_workflow_after_a_run(path):
+    picture = PAGE.parent / "images" / "workflows" / f"{path.stem}.webp"
+    assert picture.is_file(), "QUANTTUNE_DOCS_IMAGES=1 with test_workflows.py makes it"
+    assert 20_000 < picture.stat().st_size <= 150_000

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from quanttune.devtools.graph import to_api
+from quanttune.tests.harness import docs_images
 from quanttune.tests.harness.browser import ARTIFACTS
 from quanttune.tests.harness.server import check_pictures
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 each_workflow = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+PICTURES = docs_images.ROOT / "docs" / "images" / "workflows"
 PICTURE_NODES = ("SaveImage", "PreviewImage")
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
@@ -47,7 +49,10 @@ def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_serve
     expected = [node for node, entry in graph.items() if entry["class_type"] in PICTURE_NODES]
     assert expected, "a shipped workflow ends in a picture"
     check_pictures(comfy_server.pictures(history), expected)
-    frontend_page.screenshot(ARTIFACTS / f"{path.stem}-done.png")
+    seen = docs_images.whole_graph(frontend_page)
+    (ARTIFACTS / f"{path.stem}-done.png").write_bytes(seen)
+    if docs_images.WANTED:
+        docs_images.save(seen, PICTURES / f"{path.stem}.webp", limit=150_000, width=2200)
     assert frontend_page.errors == []
 
 

@@ -1,0 +1,115 @@
+"""The first five minutes in the real GUI: the template browser, a template opened by a click, Run.
+
+With ``QUANTTUNE_DOCS_IMAGES=1`` what is seen becomes the pictures of `docs/first-run.md`.
+"""
+
+import json
+
+import pytest
+
+from quanttune.tests.harness import docs_images
+from quanttune.tests.workflows.test_workflows import FILES, read
+
+PICTURES = docs_images.ROOT / "docs" / "images" / "first-run"
+FIRST = "01-quantize-and-compare"
+
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+
+def keep(shot, name):
+    if docs_images.WANTED:
+        docs_images.save(shot, PICTURES / f"{name}.webp", limit=150_000, width=1600)
+
+
+def open_templates(page):
+    """Open the template browser and choose the pack in it, as its side bar's buttons do."""
+    page.page.get_by_text("Templates", exact=True).first.click(timeout=30_000)
+    page.page.locator("[role=dialog] >> text=/QuantTune/").first.click(timeout=60_000)
+    page.page.wait_for_selector(f"[data-testid=template-workflow-{FIRST}]", timeout=60_000)
+
+
+def cards(page):
+    """What each card of the template browser shows: name of the file, title, line, picture."""
+    return page.page.evaluate(
+        """() => [...document.querySelectorAll(
+                '[data-testid^="template-workflow-"]:not([data-testid*="content"])')]
+            .map(card => ({
+                name: card.dataset.testid.replace('template-workflow-', ''),
+                title: card.querySelector('h3').textContent.trim(),
+                line: card.querySelector('p').textContent.trim(),
+                wide: card.querySelector('img')?.naturalWidth ?? 0,
+            }))"""
+    )
+
+
+def heads():
+    """Title and line of each template's note, by file name."""
+    found = {}
+    for path in FILES:
+        note = next(n for n in read(path)["nodes"] if n["type"] == "MarkdownNote")
+        title, line = note["widgets_values"][0].split("\n\n")[:2]
+        found[path.stem] = (title[2:], line.strip("*"))
+    return found
+
+
+def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_page, comfy_server):
+    open_templates(frontend_page)
+    found, wide = [], {}
+    for _ in range(60):  # cards come, and their pictures are loaded, while one scrolls
+        found = cards(frontend_page)
+        for card in found:
+            wide[card["name"]] = max(card["wide"], wide.get(card["name"], 0))
+        if len(found) == len(FILES) and all(wide.values()):
+            break
+        frontend_page.page.evaluate(
+            """() => document.querySelectorAll('[role=dialog] *').forEach(e => {
+                if (e.scrollHeight > e.clientHeight + 50) e.scrollTop += 250 })"""
+        )
+        frontend_page.page.wait_for_timeout(500)
+    assert [card["name"] for card in found] == [path.stem for path in FILES]
+    for card in found:
+        title, line = heads()[card["name"]]
+        assert card["title"] == f"{card['name'][:2]} {title}"
+        # The browser writes hyphens of its own templates' descriptions as spaces.
+        assert card["line"] == line.replace("-", " ")
+        assert wide[card["name"]] > 100, f"{card['name']} shows no picture"
+    frontend_page.page.evaluate(
+        "() => document.querySelectorAll('[role=dialog] *').forEach(e => { e.scrollTop = 0 })"
+    )
+    frontend_page.page.wait_for_timeout(3000)
+    keep(frontend_page.page.screenshot(), "templates")
+
+    frontend_page.page.click(f"[data-testid=template-workflow-{FIRST}]")
+    expected = {node["type"] for node in read(FILES[0])["nodes"]}
+    frontend_page.page.wait_for_function(
+        "() => window.app.rootGraph.nodes.some(n => n.type === 'QuantTuneQuantizeUNet')",
+        timeout=60_000,
+    )
+    assert frontend_page.unknown_types() == []
+    types = frontend_page.page.evaluate("() => window.app.rootGraph.nodes.map(n => n.type)")
+    assert set(types) == expected
+    frontend_page.page.wait_for_selector("[role=dialog]", state="detached", timeout=30_000)
+    keep(docs_images.whole_graph(frontend_page), "opened")
+    assert frontend_page.errors == []
+
+
+def test_run_fills_the_template_with_pictures_and_reports(frontend_page, comfy_server):
+    frontend_page.load(read(FILES[0]))
+    frontend_page.page.evaluate(
+        "() => window.app.rootGraph.nodes.filter(n => n.type === 'EmptyLatentImage')"
+        ".forEach(n => { n.widgets.find(w => w.name === 'batch_size').value = 4 })"
+    )
+    history = comfy_server.client.wait(frontend_page.queue(), timeout=300)
+    assert history["status"]["status_str"] == "success"
+    keep(docs_images.whole_graph(frontend_page), "after-run")
+    reports = frontend_page.page.evaluate(
+        """() => window.app.rootGraph.nodes.filter(n => n.type === 'QuantTuneQuantizeUNet')
+            .map(n => n.widgets.find(w => w.name === 'quanttune_report')?.value ?? '')"""
+    )
+    assert len(reports) == 2
+    for report in reports:
+        assert "layers quantized" in report and "Weight error" in report
+    # The text is what a run said, and no part of the workflow or of its prompt.
+    saved = frontend_page.graph_to_prompt()
+    assert "layers quantized" not in json.dumps(saved)
+    assert frontend_page.errors == []
