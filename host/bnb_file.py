@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
+from ..quant.checkpoint import check_float
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
@@ -116,9 +117,8 @@ def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; save the model again.")
         # A mark of what a model predicts may be infinite.
-        if name not in PREDICTION_MARKS and not bool(value.isfinite().all()):
-            raise QuantTuneError(f"The file {os.path.basename(path)} has NaN or infinite values in "
-                                 f"'{name[:100]}'; download or save it again.")
+        if name not in PREDICTION_MARKS:
+            check_float(path, name, value)
     if kind == DIFFUSERS:
         names = host_names([*own, *(f"{n}.weight" for n in layers)])
         marks = {n: own.pop(n) for n in PREDICTION_MARKS & own.keys()}

@@ -16,7 +16,7 @@ from ..training.data import TrainingImages
 from .encode import identity_of, reader_of
 from .identity import identity_of as model_identity
 from .images import fitted
-from .picture_file import write_png
+from .picture_file import UNREADABLE, open_picture, write_png
 from .pictures import SamplingSettings, sample_pictures
 
 FOLDER = "quanttune_class_images"
@@ -60,9 +60,8 @@ def _folder(patcher, clip, vae, prompt: str, settings: SamplingSettings) -> Path
 
 def _read(path: Path) -> Image.Image | None:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError):
+        return open_picture(path)
+    except UNREADABLE:
         return None
 
 

@@ -46,7 +46,7 @@ def read_config(path: str | Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise QuantTuneError(f"The configuration {path} cannot be read ({error.strerror}); give "
                              "the path of a TOML file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise QuantTuneError(f"The configuration {path} is no valid TOML: {error}.") from error
     for name, values in config.items():
         if name not in SECTIONS:

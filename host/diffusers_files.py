@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.checkpoint import is_finite
 from ..quant.safe_file import is_cut_short, read_header, read_with_strings
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_pickled
 from .lora_keys import brief
@@ -71,10 +72,13 @@ class ModelFolder:
         """
         state: dict[str, Tensor] = {}
         for path in self.weight_files(part):
-            if path.suffix.lower() in SAFETENSORS:
-                state |= read_with_strings(path)[1]
-            else:
-                state |= load_pickled(path)
+            tensors = (read_with_strings(path)[1] if path.suffix.lower() in SAFETENSORS
+                       else load_pickled(path))
+            for name, value in tensors.items():
+                if not is_finite(value):
+                    raise self.unfinished(
+                        f"{path.name} has NaN or infinite values in '{brief(name)}'")
+            state |= tensors
         return state
 
     def weight_files(self, part: str) -> list[Path]:
@@ -127,8 +131,15 @@ def fault(path: Path) -> str | None:
         except QuantTuneError:
             return "is damaged or cut short"
         return "is cut short" if is_cut_short(path) else None
-    zipped = path.suffix.lower() in PICKLED and start.startswith(b"PK")
-    return "is cut short" if zipped and not zipfile.is_zipfile(path) else None
+    cut = path.suffix.lower() in PICKLED and start.startswith(b"PK") and not _is_archive(path)
+    return "is cut short" if cut else None
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of a part of one that spans several disks
+        return False
 
 
 def shards(index: Path) -> tuple[list[Path], str | None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.checkpoint import is_finite
 from .lora_keys import brief
 
 
@@ -87,11 +88,9 @@ def check_numbers(tensors: Mapping[str, Tensor], where: str,
         if not value.is_floating_point():
             raise QuantTuneError(f"{where} holds {str(value.dtype).removeprefix('torch.')} in "
                                  f"'{brief(key)}' where a float network has fractions; {advice}")
-        if value.numel() and value.device.type != "meta":
-            wide = value if value.element_size() > 1 else value.float()
-            if not all(bool(end.isfinite()) for end in torch.aminmax(wide)):
-                raise QuantTuneError(
-                    f"{where} holds NaN or infinite values in '{brief(key)}'; {advice}")
+        if value.device.type != "meta" and not is_finite(value):
+            raise QuantTuneError(
+                f"{where} holds NaN or infinite values in '{brief(key)}'; {advice}")
 
 
 def unbuilt(where: str, error: Exception) -> QuantTuneError:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..quant import QuantTuneError
+from ..quant.errors import in_one_line
 from ..training.buckets import bucket_of, told
 from ..training.data import ROOM, TrainingImages, free_memory
 from .captions import metadata_file, metadata_state, with_metadata, with_text_files
@@ -132,7 +133,7 @@ def read_folder(name: str, captions: str = TEXT_FILES, phrase: str = "", resolut
     if not pictures:
         raise _nothing(name, folder, captions, warnings)
     return Reading(TrainingImages(tuple(pictures), tuple(texts), subject_of(phrase, texts),
-                                  (prior,) * len(pictures)), tuple(warnings))
+                                  (prior,) * len(pictures)), tuple(map(in_one_line, warnings)))
 
 
 def _check_settings(captions: str, fit: str, resolution: int, limit: int) -> None:

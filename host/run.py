@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
-from .picture_file import write_png
+from .picture_file import LARGEST, UNREADABLE, write_png
 from .pictures import SamplingSettings, sample_pictures
 
 LOOKS = "looks"
@@ -224,10 +224,10 @@ def _rows(path: Path, count: int, looks: str) -> list[np.ndarray]:
     None from a file that a kill has cut off, or that shows other prompts.
     """
     try:
-        with Image.open(path) as image:
-            if image.info.get(LOOKS) != looks:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > LARGEST or image.info.get(LOOKS) != looks:
                 return []
             column = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError):
+    except UNREADABLE:
         return []
     return np.split(column, count) if column.shape[0] % count == 0 else []

@@ -9,6 +9,7 @@ import comfy.model_detection
 import torch
 
 from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantTuneError, pack
+from ..quant.checkpoint import check_float
 from ..quant.safe_file import read_safetensors
 from .describe import describe_config
 
@@ -54,6 +55,7 @@ def read_stock(path: str) -> QuantizedCheckpoint | None:
             raise QuantTuneError(
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; load it with ComfyUI's own loader.")
+        check_float(path, name, value)
     name = os.path.basename(path)
     metadata = describe_config(config, {k.removeprefix(prefix): v for k, v in tensors.items()},
                                name, {"source": name, "bits": 8, "symmetric": True})

@@ -138,12 +138,43 @@ class Sensitivity:
                       for unit in self.error.tolist()]}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Sensitivity:
-        """Read what `to_json` wrote."""
-        raw = json.loads(text)
-        error = [[[float("nan") if e is None else e for e in row] for row in unit]
-                 for unit in raw["error"]]
-        return cls({u: tuple(layers) for u, layers in raw["units"].items()},
-                   {n: tuple(s) for n, s in raw["shapes"].items()}, raw["parts"],
-                   tuple(raw["precisions"]), torch.tensor(error, dtype=torch.float64),
-                   tuple(raw["forwards"]))
+    def from_json(cls, text: str, where: str = "The sensitivity") -> Sensitivity:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: JSON.
+            where: what to call it in messages.
+
+        Raises:
+            QuantTuneError: text that is none, or whose parts do not belong together.
+        """
+        try:
+            raw = json.loads(text)
+            error = torch.tensor(
+                [[[float("nan") if e is None else float(e) for e in row] for row in unit]
+                 for unit in raw["error"]], dtype=torch.float64)
+            found = cls({u: tuple(layers) for u, layers in raw["units"].items()},
+                        {n: tuple(s) for n, s in raw["shapes"].items()}, dict(raw["parts"]),
+                        tuple(raw["precisions"]), error, tuple(raw["forwards"]))
+            found._check()
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise QuantTuneError(f"{where} is damaged, or of another program; measure it "
+                                 "again.") from error
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError where the parts do not belong together."""
+        sizes = len(self.units), len(self.precisions), len(self.forwards)
+        layers = [name for own in self.units.values() for name in own]
+        numbers = [*self.forwards, *self.parts.values(), *(n for s in self.shapes.values()
+                                                          for n in s)]
+        met = torch.tensor([count > 0 for count in self.forwards])
+        if (tuple(self.error.shape) != sizes or 0 in sizes
+                or not set(self.precisions) <= set(PRECISIONS)
+                or len(set(self.precisions)) != len(self.precisions)
+                or not all(self.units.values()) or not set(layers) == set(self.shapes)
+                or not all(type(n) is int and 0 <= n < 2**31 for n in numbers)
+                or not all(self.shapes.values()) or 0 in self.parts.values()
+                or not met.any() or not bool(self.error[..., met].isfinite().all())
+                or bool(((self.error < 0) | (self.error > 1e100)).any())):
+            raise ValueError

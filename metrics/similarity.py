@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quant import QuantTuneError
+from ..quant.safe_file import read_with_strings
+from ..quant.tensor_file import load_unpickled
 
 WINDOW = 11
 """Side of SSIM's Gaussian window (standard deviation 1.5), and the smallest picture it takes."""
@@ -169,17 +171,15 @@ def load_perceptual_network(path: str | Path) -> PerceptualNetwork:
 
 def _read_state(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file."""
-    from safetensors.torch import load_file
-
+    file = os.path.basename(path)
     try:
         if str(path).endswith(".safetensors"):
-            state = load_file(path)
+            state = read_with_strings(path)[1]
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each kind of damage raises another type
-        raise QuantTuneError(f"The file '{os.path.basename(path)}' is missing, damaged or holds "
-                             "more than plain tensors; download torchvision's weights "
-                             "again.") from error
+            state = load_unpickled(path)
+    except QuantTuneError as error:
+        raise QuantTuneError(f"The file '{file}' is missing, damaged or holds more than plain "
+                             "tensors; download torchvision's weights again.") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):

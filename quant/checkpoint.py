@@ -242,7 +242,7 @@ def load_quantized_unet(
             f"The file {path} holds a tensor {extra} that its metadata does not list; {AGAIN}."
         )
     for name, tensor in floats.items():
-        _check_float(path, name, tensor)
+        check_float(path, name, tensor)
     return QuantizedCheckpoint(metadata, layers, floats, ranges)
 
 
@@ -362,15 +362,21 @@ def _read_layer(path: str, name: str, facts: Any, tensors: dict[str, Tensor]) ->
     return QuantizedWeight(packed, scale, zero_point, bits, tuple(shape), split, facts["symmetric"])
 
 
-def _check_float(path: str, name: str, tensor: Tensor) -> None:
+def check_float(path: str, name: str, tensor: Tensor) -> None:
     """Refuse float tensors that are not float, or hold NaN or infinity."""
     if not tensor.is_floating_point():
         raise QuantTuneError(
             f"The file {path} has a tensor {name} of type {tensor.dtype} where a float is "
             f"needed; {AGAIN}."
         )
-    # One pass without temporaries; 8-bit floats have no such reduction and no infinities to find.
-    if tensor.numel() and tensor.element_size() > 1:
-        low, high = (float(v) for v in torch.aminmax(tensor))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise QuantTuneError(f"The file {path} has NaN or infinite values in {name}; {AGAIN}.")
+    if not is_finite(tensor):
+        raise QuantTuneError(f"The file {path} has NaN or infinite values in {name}; {AGAIN}.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity; in one pass without temporaries."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    # 8-bit floats have no such reduction.
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    return all(math.isfinite(float(v)) for v in torch.aminmax(wide))

@@ -80,8 +80,8 @@ class QDiffusionLayer:
                     alpha = rounding.alpha.rows(block).flatten(1)
                     if bool(alpha.isnan().any()):
                         raise QuantTuneError(
-                            f"The layer {self.name} has NaN in its alpha; download the checkpoint "
-                            "again or choose another."
+                            f"The layer {self.name} of {self._weight.path} has NaN in its alpha; "
+                            "download the checkpoint again or choose another."
                         )
                     part.floor_().add_(alpha >= 0)
                 part.add_(rounding.zero_point[block, None]).clamp_(0, 2**self.bits - 1)

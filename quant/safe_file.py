@@ -230,10 +230,33 @@ def own_format(strings: Mapping[str, str]) -> str | None:
     if METADATA_KEY not in strings:
         return None
     try:
-        told = json.loads(strings[METADATA_KEY])["format"]
+        told = strict_json(strings[METADATA_KEY])["format"]
     except (ValueError, RecursionError, TypeError, KeyError):
         return ""
     return None if told == FLOAT_UNET else str(told)
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON by its standard: no NaN, no infinity, and no key that stands twice in an object.
+
+    Of a key with two values each program takes another one.
+
+    Raises:
+        ValueError: anything else.
+        RecursionError: brackets deeper than any file of ours has.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key that stands there twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} in place of a number")
 
 
 def read_safetensors(
@@ -254,7 +277,7 @@ def read_safetensors(
     if text is None:
         return None, tensors
     try:
-        metadata = json.loads(text)
+        metadata = strict_json(text)
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
@@ -267,7 +290,7 @@ def read_with_strings(
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """As `read_safetensors`, with all metadata as it stands in the file in place of ours."""
     path = os.fspath(path)
-    _check_start(path)
+    read_entries(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             strings = dict(file.metadata() or {})
@@ -308,15 +331,18 @@ def read_entries(
     try:
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            entries = json.loads(file.read(length))
-        strings = entries.pop("__metadata__", None) or {}
+            entries = strict_json(file.read(length))
+        strings = entries.pop("__metadata__", None)
+        strings = {} if strings is None else strings
         if not all(isinstance(text, str) for text in strings.values()):
             raise ValueError("metadata that is no text")
         shapes = [tuple(entry["shape"]) for entry in entries.values()]
         if not all(type(n) is int and n >= 0 for shape in shapes for n in shape):
             raise ValueError("a shape that is none")
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"has a damaged header ({first_line(error)})") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise damaged(path, "has a damaged header (an entry that is none)") from error
     return dict(strings), entries, 8 + length
 
 
@@ -337,14 +363,16 @@ def _check_start(path: str) -> None:
         ) from error
     if size == 0:
         raise damaged(path, "is empty")
-    if start.startswith(PICKLE_STARTS):
+    length = struct.unpack("<Q", start.ljust(9, b"\0")[:8])[0]
+    # A header may be just as many bytes long as the first two of a pickle say.
+    headed = start[8:9] == b"{" and length + 8 <= size
+    if start.startswith(PICKLE_STARTS) and not headed:
         raise QuantTuneError(
             f"The file {path} is a pickled checkpoint, which can run code when it is opened; "
             "convert it to safetensors first."
         )
     if size < 9:
         raise damaged(path, "is cut short")
-    length = struct.unpack("<Q", start[:8])[0]
     if start[8:9] != b"{":
         raise QuantTuneError(
             f"The file {path} is not a safetensors file; choose one that ends in .safetensors."
@@ -360,10 +388,14 @@ def is_cut_short(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
+            if not length <= os.path.getsize(path) - 8:
+                return False  # no header that can be read
             entries = json.loads(file.read(length))
         ends = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
         return 8 + length + max(ends) > os.path.getsize(path)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError):
+    except (OSError, struct.error, ValueError, RecursionError):
+        return False
+    except (TypeError, KeyError, AttributeError, IndexError):  # of a header that is none
         return False
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .paging import let_go, page_out
 from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries
+from .torch_archive import check_extent, check_records
+from .torch_structure import check_structure
 
 SAFETENSORS = (".safetensors", ".sft")
 """How the names of safetensors files end, in capitals or small letters, as all of these."""
@@ -86,6 +87,13 @@ class SafetensorsFile(TensorFile):
                 raise damaged(path, "is cut short")
             self.shapes[name], self.dtypes[name] = shape, dtype
             self._places[name] = start + places[0], places[1] - places[0]
+        end = start
+        for name, (place, length) in sorted(self._places.items(), key=lambda entry: entry[1]):
+            if place != end:
+                raise damaged(path, f"has a damaged header (of '{name[:100]}')")
+            end += length
+        if end != size:
+            raise damaged(path, "has bytes that belong to no tensor")
 
     def read(self, name: str) -> Tensor:
         """As `TensorFile.read`."""
@@ -175,13 +183,12 @@ def load_unpickled(path: str | os.PathLike[str], plain: bool = True) -> object:
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
+        check_structure(path)
         if mapped:
-            with zipfile.ZipFile(path) as archive:
-                packed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
-            if packed:  # mapped, its compressed bytes would be taken for numbers
-                raise ValueError("it is a compressed archive, which PyTorch does not write")
+            check_records(path)
         # "mmap" is for the zip form alone.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        check_extent(found)
     except FileNotFoundError:
         raise QuantTuneError(
             f"The file {path} does not exist; choose another file or put it there."

@@ -15,6 +15,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .paging import page_out
 from .safe_file import first_line, tensor_bytes
+from .torch_structure import check_structure
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
 ZIP_START = b"PK\x03\x04"
@@ -50,6 +52,74 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def record_begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int | None:
+    """Where the bytes of a record begin in a file; None where there is no such record."""
+    if not 0 <= entry.header_offset < 2**62:
+        return None
+    file.seek(entry.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    if len(header) < _LOCAL_HEADER or not header.startswith(ZIP_START):
+        return None
+    name, extra = struct.unpack("<HH", header[26:30])
+    return entry.header_offset + _LOCAL_HEADER + name + extra
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in mappings and sequences of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors_in(entry)
+    elif isinstance(value, (list, tuple, set)):
+        for entry in value:
+            yield from tensors_in(entry)
+
+
+def check_extent(value: object) -> None:
+    """Refuse tensors that are larger than the numbers that a file holds.
+
+    Raises:
+        ValueError: a tensor that shows its numbers more than once: a few bytes could fill the
+            memory when they are copied.
+    """
+    for tensor in tensors_in(value):
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            continue  # has no numbers in a row; whoever needs them refuses it
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError("it holds a tensor that is larger than its data")
+
+
+def check_records(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive whose tensors are not just the records that it has.
+
+    A mapped file is read where a record begins, as far as the structure says: without this the
+    bytes that follow a short record would be taken for numbers.
+
+    Raises:
+        ValueError: a compressed record, or one of another size than its tensors.
+        Exception: whatever a damaged archive makes torch or zipfile raise.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+            # Mapped, its compressed bytes would be taken for numbers.
+            raise ValueError("it is a compressed archive, which PyTorch does not write")
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise ValueError("it has two records of one name")
+        sizes = {record_begin(file, entry): entry.file_size for entry in entries}
+    found = torch.load(path, map_location="meta", weights_only=True)
+    check_extent(found)
+    for tensor in tensors_in(found):
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            continue
+        storage = tensor.untyped_storage()
+        # Older releases of torch do not say it.
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if offset is not None and storage.nbytes() and sizes.get(offset) != storage.nbytes():
+            raise ValueError("it holds a tensor of another size than its data")
+
+
 class StoredTensor:
     """A tensor of a checkpoint that is still in its file.
 
@@ -63,6 +133,11 @@ class StoredTensor:
         self._archive, self._offset = archive, offset
         # Of the meta device (only sizes and strides count), or mapped.
         self._tensor = tensor
+
+    @property
+    def path(self) -> str:
+        """Of the file that it is in."""
+        return self._archive.path
 
     @property
     def numel(self) -> int:
@@ -202,6 +277,8 @@ class TensorArchive:
                 "it with torch and save it again."
             )
         records = {}
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise self._damaged("is damaged (it has two records of one name)")
         for entry in entries:
             pickled = entry.filename.endswith("data.pkl")
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -211,12 +288,9 @@ class TensorArchive:
                 )
             if pickled and entry.file_size > LARGEST_STRUCTURE:
                 raise self._damaged("describes more than any model holds")
-            self._file.seek(entry.header_offset)
-            header = self._file.read(_LOCAL_HEADER)
-            if len(header) < _LOCAL_HEADER or not header.startswith(ZIP_START):
+            begin = record_begin(self._file, entry)
+            if begin is None:
                 raise self._damaged("is cut short or damaged (a record is not where it should be)")
-            name, extra = struct.unpack("<HH", header[26:30])
-            begin = entry.header_offset + _LOCAL_HEADER + name + extra
             if begin + entry.file_size > self._state[0]:
                 raise self._damaged("is cut short")
             records[begin] = entry.file_size
@@ -238,7 +312,7 @@ class TensorArchive:
             (n - 1) * s for n, s in zip(tensor.shape, tensor.stride())
         )
         size = tensor.element_size()
-        fits = records.get(offset, -1) >= (last + 1) * size
+        fits = records.get(offset) == storage.nbytes() >= (last + 1) * size
         if not fits or tensor.numel() * size > storage.nbytes() or tensor.storage_offset() < 0:
             raise self._damaged(f"is damaged: the tensor '{name[:100]}' is larger than its data")
         return StoredTensor(self, name, tensor, offset)
@@ -246,6 +320,13 @@ class TensorArchive:
 
 def _structure(path: str) -> dict:
     """The mapping in a file, its tensors on the meta device, or mapped where torch is older."""
+    try:
+        check_structure(path)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise QuantTuneError(
+            f"The file {path} is damaged or holds more than tensors ({first_line(error)}); choose "
+            "one with a plain dictionary of tensors."
+        ) from error
     try:
         found = _mapping(path, torch.load(path, map_location="meta", weights_only=True))
         if any(

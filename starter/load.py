@@ -4,6 +4,8 @@ the host."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.clip_model
@@ -18,7 +20,9 @@ import comfy.utils
 import torch
 
 from ..host.float_model import check_fits, check_numbers
+from ..quant.checkpoint import is_finite
 from ..quant.errors import QuantTuneError
+from ..quant.safe_file import read_with_strings
 from .config import CLIP, TOKENS, VOCABULARY_SIZE
 
 FOLDER = Path(__file__).resolve().parent
@@ -38,21 +42,43 @@ def load_starter(
     missing or damaged.
     """
     folder = Path(folder or FOLDER)
-    model = load_unet(str(folder / "unet.safetensors"), model_options or {})
-    clip = load_clip(str(folder / "clip.safetensors"), embedding_directory)
-    return model, clip, load_vae(str(folder / "vae.safetensors"))
+    with whole("unet.safetensors"):
+        model = load_unet(str(folder / "unet.safetensors"), model_options or {})
+    with whole("clip.safetensors"):
+        clip = load_clip(str(folder / "clip.safetensors"), embedding_directory)
+    with whole("vae.safetensors"):
+        return model, clip, load_vae(str(folder / "vae.safetensors"))
+
+
+@contextmanager
+def whole(name: str) -> Iterator[None]:
+    """Tell of a file whose tensors are not those of its network, whatever the host makes of it."""
+    try:
+        yield
+    except (QuantTuneError, MemoryError):
+        raise
+    except Exception as error:
+        raise QuantTuneError(
+            f"The starter model's file {name} describes another network than it holds; install "
+            "the pack again, or restore the file from its repository."
+        ) from error
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of one of the starter's files, checked."""
     try:
-        state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    except Exception as error:
+        metadata, state = read_with_strings(path)
+    except QuantTuneError as error:
         raise QuantTuneError(
             f"The starter model's file {Path(path).name} is missing or damaged; "
             "install the pack again, or restore the file from its repository."
         ) from error
-    return state, metadata or {}
+    if not all(map(is_finite, state.values())):
+        raise QuantTuneError(
+            f"The starter model's file {Path(path).name} has NaN or infinite values; "
+            "install the pack again, or restore the file from its repository."
+        )
+    return state, metadata
 
 
 def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):

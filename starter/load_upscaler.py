@@ -12,6 +12,7 @@ import torch
 
 from ..host.float_model import check_numbers
 from ..quant.errors import QuantTuneError
+from ..quant.safe_file import read_with_strings
 from .load import FOLDER, load_clip, patcher_of
 from .upscaler_config import FACTOR, FILE, LATENT_RGB, LATENT_RGB_BIAS
 
@@ -47,8 +48,8 @@ def read(path: str, part: str, prefix: str) -> tuple[dict[str, torch.Tensor], di
     """Tensors under a prefix, without it, and the configuration of that part."""
     name = Path(path).name
     try:
-        state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    except Exception as error:
+        metadata, state = read_with_strings(path)
+    except QuantTuneError as error:
         raise QuantTuneError(
             f"The upscaler's file {name} is missing or damaged; {REPAIR}"
         ) from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.torch_archive import tensors_in
 from .history import LossFile, StepRecord, Trackers, usable_trackers
 from .processes import from_first, leave_together
 from .state import check_same, load_state, remove_parts, save_state
@@ -211,6 +212,10 @@ class TrainingLoop(ABC):
             if not 0 <= step <= self.steps or [r.step for r in history] != list(
                     range(1, step + 1)):
                 raise ValueError("steps")
+            # Saved is a state only while the loss is a number.
+            if not all(bool(t.isfinite().all()) for t in tensors_in(state)
+                       if t.is_floating_point()):
+                raise ValueError("values")
             self.step = self._saved = step
             self.load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

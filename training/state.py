@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.torch_archive import check_records
+from ..quant.torch_structure import check_structure
 
 FILE = "checkpoint.pt"
 VERSION = 1
@@ -80,6 +82,8 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
+        check_structure(path)
+        check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive fails in as many ways as there are bytes
         raise QuantTuneError(

@@ -132,6 +132,7 @@ def test_bad_lora_settings(text, match, tmp_path):
 
 BAD = {
     "missing": (None, "cannot be read"), "no TOML": ("[base", "no valid TOML"),
+    "a number of 5000 digits": (f"[base]\nbits = {'9' * 5000}\n", "no valid TOML"),
     "section": ("[bass]\n", r"section \[bass\]"),
     "word": ("[base]\nstartr = true\n", "startr"),
     "no images": ("[base]\nstarter=true\n[output]\n", r"no section \[images\]"),

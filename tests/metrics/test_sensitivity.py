@@ -1,5 +1,6 @@
 """What follows from a sensitivity: groups, the worst layers, plans, files, charts."""
 
+import json
 import math
 
 import pytest
@@ -48,6 +49,16 @@ def test_too_small_a_plan_says_what_is_possible():
         sensitivity().plan(3.0)
     with pytest.raises(QuantTuneError, match="'int8' alone"):
         sensitivity((INT8,)).plan(8.0)
+
+
+@pytest.mark.parametrize("change", [
+    {"units": []}, {"units": {"a": ["nowhere"]}}, {"precisions": ["5"]}, {"forwards": [-1, 2]},
+    {"error": [[["x"]]]}, {"error": []}, {"shapes": {}}, {"parts": None},
+])
+def test_a_damaged_file(change):
+    raw = {**json.loads(sensitivity().to_json()), **change}
+    with pytest.raises(QuantTuneError, match="x.json is damaged"):
+        Sensitivity.from_json(json.dumps(raw), "The file x.json")
 
 
 def test_through_a_file():

@@ -266,10 +266,18 @@ def test_an_ordinary_safetensors_file(path):
     assert_one_sentence(caught.value, path)
 
 
-def test_eight_bit_floats_are_not_searched_for_nan(path):
+def test_eight_bit_floats(path):
     extra = {"kept.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}
     save_quantized_unet(path, layers(), extra, METADATA)
     assert load_quantized_unet(path).floats["kept.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_that_are_not_finite(dtype, path):
+    bad = torch.tensor([[1.0, math.nan]]).to(dtype)
+    save_quantized_unet(path, layers(), {"kept.weight": bad}, METADATA)
+    with pytest.raises(QuantTuneError, match="NaN or infinite values in kept.weight"):
+        load_quantized_unet(path)
 
 
 def calibrated():

@@ -298,3 +298,34 @@ class TestHeader:
         torch.save(TENSORS, path)
         with pytest.raises(QuantTuneError, match="pickled"):
             read_header(path)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10280])
+def test_a_header_as_long_as_a_pickle_begins(length, path):
+    """Its first bytes are then those of a pickled file."""
+    body = json.dumps({"a": entry([2], [0, 8])}).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", length) + body + b"\0" * 8)
+    assert read_safetensors(path)[1]["a"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("text", [
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+    b'"a": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"__metadata__": {"x": "1", "x": "2"}, '
+    b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"__metadata__": 0, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"__metadata__": {"quanttune": "{\\"a\\": 1, \\"a\\": 2}"}, '
+    b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"__metadata__": {"quanttune": "{\\"a\\": NaN}"}, '
+    b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+])
+def test_headers_that_programs_would_read_differently(text, path):
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    with pytest.raises(QuantTuneError, match="damaged header|unreadable QuantTune metadata"):
+        read_safetensors(path)
+
+
+def test_a_length_that_no_memory_holds(path):
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    assert not is_cut_short(path)

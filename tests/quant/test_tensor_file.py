@@ -139,3 +139,45 @@ def test_a_compressed_archive_is_not_read_as_numbers(tmp_path):
             packed.writestr(name, plain.read(name))
     with pytest.raises(QuantTuneError, match="compressed archive"):
         load_unpickled(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize("header,size", [
+    ({"a": [0, 4], "b": [0, 4]}, 4), ({"a": [0, 4], "b": [2, 6]}, 6), ({"a": [0, 4], "b": [8, 12]},
+                                                                       12), ({"a": [0, 4]}, 12),
+])
+def test_bytes_of_two_tensors_or_of_none(header, size, tmp_path):
+    entries = {name: {"dtype": "F32", "shape": [1], "data_offsets": places}
+               for name, places in header.items()}
+    text = json.dumps(entries).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(QuantTuneError, match="damaged header|belong to no tensor"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("value", [torch.ones(1).expand(10**9), torch.eye(3).to_sparse(),
+                                   torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)])
+@pytest.mark.parametrize("form", [True, False])
+def test_tensors_that_are_more_than_their_numbers(form, value, tmp_path):
+    torch.save({"a": value}, tmp_path / "a.pt", _use_new_zipfile_serialization=form)
+    refused("holds", tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("edit", ["short", "long", "twice"])
+def test_a_record_of_another_size_is_not_read_past_its_end(edit, tmp_path):
+    import zipfile
+
+    torch.save({"a": torch.ones(64)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, \
+            zipfile.ZipFile(tmp_path / "b.pt", "w") as other:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if "/data/" in name:
+                content = {"short": content[:100], "long": content + b"x"}.get(edit, content)
+                if edit == "twice":
+                    with pytest.warns(UserWarning, match="Duplicate"):
+                        other.writestr(name, bytes(256))
+                        other.writestr(name, content)
+                    continue
+            other.writestr(name, content)
+    refused("another size|of one name", tmp_path / "b.pt")

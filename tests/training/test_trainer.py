@@ -380,6 +380,21 @@ def test_a_damaged_state_says_so(damage, tmp_path):
         trainer(tmp_path)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda state: state["scales"][0].view(-1)[0].fill_(float("nan")),
+    lambda state: state["optimizers"][0]["state"][0]["exp_avg"].fill_(float("inf")),
+    lambda state: state.update(scales=[t.view(-1)[:1].expand(t.shape) for t in state["scales"]]),
+    lambda state: state.update(more=torch.ones(2).to_sparse()),
+])
+def test_a_state_with_odd_numbers_is_not_resumed(damage, tmp_path):
+    trainer(tmp_path).run(lambda p: p.record.step == 6)
+    state = load_state(tmp_path)
+    damage(state)
+    save_state(tmp_path, state)
+    with pytest.raises(QuantTuneError, match="damaged"):
+        trainer(tmp_path)
+
+
 def test_an_exception_of_the_callback_keeps_the_state(tmp_path):
     class Oops(BaseException):
         pass

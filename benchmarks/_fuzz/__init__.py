@@ -1,0 +1,1 @@
+"""A fuzzer of file readers: what changes files, what reads them, and what watches the reading."""

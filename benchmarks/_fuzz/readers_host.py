@@ -1,0 +1,442 @@
+"""The readers of `host/`: models, LoRAs and upscalers of other programs, and what lists them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import archives
+from .decode import Unreadable, pickled, safetensors
+from .readers_quant import finite, random
+from .run import Files, Reader
+from .scratch import folder_files, written
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def settled(read):
+    """A reader as the host's executor runs it."""
+
+    def run(folder: Path, target: str) -> Any:
+        with torch.inference_mode():
+            return read(folder, target)
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def pipeline() -> Files:
+    """A tiny SD1 pipeline's folder as diffusers saves it."""
+    from quanttune.tests.host import unets
+
+    return folder_files(lambda path: unets.save_pipeline(unets.tiny_unet(), path / "sd"))
+
+
+@lru_cache(maxsize=1)
+def host_state() -> dict[str, Tensor]:
+    """The tensors of the same UNet by the host's names."""
+    from quanttune.host.unet_source import open_unet
+
+    found: dict[str, Tensor] = {}
+
+    def read(path: Path) -> None:
+        for name, content in pipeline().items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+        source = open_unet(path / "sd")
+        found.update({n: source.read(n) for n in source.shapes})
+
+    folder_files(read)
+    return found
+
+
+def sharded() -> Files:
+    """The folder with its weights in two files and an index."""
+    files = dict(pipeline())
+    tensors = {n: _tensor(s) for n, s in safetensors(files.pop(f"sd/unet/{WEIGHTS}"))[1].items()}
+    names = sorted(tensors)
+    index = {"metadata": {"total_size": 1}, "weight_map": {}}
+    for number, part in ((1, names[::2]), (2, names[1::2])):
+        file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        files[f"sd/unet/{file}"] = _saved({n: tensors[n] for n in part})
+        index["weight_map"] |= dict.fromkeys(part, file)
+    files[f"sd/unet/{WEIGHTS}.index.json"] = json.dumps(index).encode()
+    return files
+
+
+def _tensor(stored) -> Tensor:
+    return torch.from_numpy(stored.floats().astype(np.float32)).reshape(stored.shape)
+
+
+def _saved(tensors: Mapping[str, Tensor], strings: dict | None = None) -> bytes:
+    from safetensors.torch import save
+
+    return save({n: t.contiguous().clone() for n, t in tensors.items()}, strings)
+
+
+def sums(tensors: Iterable[Tensor]) -> list[int]:
+    """Checksums of the tensors' float32 values, sorted: what was read, whatever it is called."""
+    return sorted(zlib.crc32(t.float().contiguous().numpy().tobytes()) for t in tensors)
+
+
+def stored_sums(files: Files, names: Iterable[str]) -> list[int] | str:
+    """The same of files, or a sentence that one of them is none."""
+    found = []
+    for name in names:
+        try:
+            if name.endswith(".safetensors"):
+                _, stored = safetensors(files[name])
+                if wrong := finite(stored):
+                    return wrong
+                found += [_tensor(s) for s in stored.values()]
+            else:
+                state = pickled(files[name])
+                state = state.get("state_dict", state)
+                found += [t for t in state.values() if isinstance(t, Tensor)]
+        except Unreadable as error:
+            return f"a file that is none was accepted: {error}"
+    return sums(found)
+
+
+def read_unet(folder: Path, target: str) -> dict[str, Tensor]:
+    """What *Load Diffusers UNet* reads, layer by layer, of a folder or a file."""
+    from quanttune.host.load_unet import plan_quantization
+    from quanttune.host.unet_source import open_unet
+    from quanttune.quant import QuantSpec
+
+    path = folder / "sd" if target.startswith("sd/") else folder / target
+    plan = plan_quantization(open_unet(path), QuantSpec(8))
+    return {n: plan.source.read(n) for n in plan.source.shapes}
+
+
+def check_folder(files: Files, found: dict[str, Tensor]) -> str | None:
+    """The numbers of the folder's weight files, all of them."""
+    names = [n for n in files if n.endswith((".safetensors", ".bin", ".pt", ".ckpt"))]
+    index = next((n for n in files if n.endswith(".index.json")), None)
+    if index is not None:
+        listed = set(json.loads(files[index])["weight_map"].values())
+        names = [n for n in names if Path(n).name in listed]
+    wanted = stored_sums(files, names)
+    if isinstance(wanted, str):
+        return wanted
+    if not all(bool(t.isfinite().all()) for t in found.values()):
+        return "something is not finite"
+    return None if sums(found.values()) == wanted else "other numbers than the files hold"
+
+
+def file_seeds() -> list[Files]:
+    """Checkpoints in the host's names, with a prefix, in half precision, pickled."""
+    state = host_state()
+    prefixed = {f"model.diffusion_model.{n}": t for n, t in state.items()}
+    half = {n: t.half().float() for n, t in prefixed.items()}
+    return [
+        {"a.safetensors": _saved(state)},
+        {"a.safetensors": _saved({n: t.half() for n, t in half.items()}, {"format": "pt"})},
+        {"a.ckpt": archives.saved({"state_dict": prefixed, "global_step": 1})},
+    ]
+
+
+def fp8_seeds() -> list[Files]:
+    """A checkpoint with fp8 weights and their scales."""
+    state = {f"model.diffusion_model.{n}": t for n, t in host_state().items()}
+    tensors = {}
+    for name, value in state.items():
+        if value.dim() == 2 and name.endswith(".weight"):
+            tensors[name] = value.to(torch.float8_e4m3fn)
+            tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+        else:
+            tensors[name] = value
+    tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    return [{"a.safetensors": _saved(tensors)}]
+
+
+def check_finite(files: Files, found: Any) -> str | None:
+    """Whatever was read is finite, and the file is one."""
+    try:
+        safetensors(next(v for n, v in files.items() if n.endswith(".safetensors")))
+    except Unreadable as error:
+        return f"a file that is none was accepted: {error}"
+    return None if all(bool(t.isfinite().all()) for t in found.values()) else "not finite"
+
+
+def stock_seeds() -> list[Files]:
+    """ComfyUI's own INT8 form of the smallest UNet that its detection knows."""
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "channel_mult": [1],
+            "num_res_blocks": [1],
+            "context_dim": 768,
+            "transformer_depth": [1],
+            "transformer_depth_output": [1, 1],
+            "transformer_depth_middle": 1,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": False,
+            "legacy": False,
+            "adm_in_channels": None,
+            "use_temporal_attention": False,
+            "use_temporal_resblock": False,
+        }
+    )
+    skeleton = config.get_model({}, "", device="meta").diffusion_model
+    tensors = {}
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    for name, value in skeleton.state_dict().items():
+        name = f"model.diffusion_model.{name}"
+        if value.dim() == 2 and name.endswith(".weight"):
+            tensors[name] = torch.ones(value.shape, dtype=torch.int8)
+            tensors[f"{name}_scale"] = torch.tensor(0.01)
+            tensors[name.replace(".weight", ".comfy_quant")] = mark
+        else:
+            tensors[name] = torch.zeros(value.shape, dtype=torch.half)
+    return [{"a.safetensors": _saved(tensors)}]
+
+
+def bnb_seeds() -> list[Files]:
+    """bitsandbytes' LLM.int8 form, with the config of diffusers, and its 4-bit form."""
+    import bitsandbytes.functional as functional
+
+    unet = {n: _tensor(s) for n, s in safetensors(pipeline()[f"sd/unet/{WEIGHTS}"])[1].items()}
+    int8, four = {}, {}
+    for name, value in unet.items():
+        if value.dim() == 2 and name.endswith(".weight"):
+            scale = value.abs().amax(1)
+            int8[name] = (value / scale[:, None] * 127).round().to(torch.int8)
+            int8[name.replace(".weight", ".SCB")] = scale
+            packed, state = functional.quantize_4bit(value, blocksize=64, quant_type="nf4")
+            four[name] = packed
+            four |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+        else:
+            int8[name] = four[name] = value
+    config = pipeline()["sd/unet/config.json"]
+    return [{"a.safetensors": _saved(tensors), "config.json": config} for tensors in (int8, four)]
+
+
+def checkpoint_tensors(found: Any) -> dict[str, Tensor]:
+    """Floats and scales of what was read."""
+    tensors = dict(found.floats)
+    for name, layer in found.layers.items():
+        tensors[f"{name} scale"] = getattr(layer, "scale", None)
+        if tensors[f"{name} scale"] is None:
+            tensors[f"{name} scale"] = layer.absmax
+    return tensors
+
+
+def read_stock_file(folder: Path, target: str) -> dict[str, Tensor]:
+    """As *Load Quantized UNet* begins."""
+    from quanttune.host.stock_int8 import read_stock
+    from quanttune.quant import load_quantized_unet
+
+    path = str(folder / target)
+    return checkpoint_tensors(read_stock(path) or load_quantized_unet(path))
+
+
+def read_bnb_file(folder: Path, target: str) -> dict[str, Tensor]:
+    """As *Load Quantized UNet* begins."""
+    from quanttune.host.bnb_file import is_bnb_file, read_bnb
+    from quanttune.quant import load_quantized_unet
+
+    path = str(folder / "a.safetensors")
+    return checkpoint_tensors(read_bnb(path) if is_bnb_file(path) else load_quantized_unet(path))
+
+
+def built_seeds() -> list[Files]:
+    """A quantized UNet of ours of every layer of a tiny model."""
+    from quanttune.quant import save_quantized_unet
+    from quanttune.tests.host import models
+
+    with torch.inference_mode():
+        quantized, _ = models.quantize(models.small_model(), 4)
+        checkpoint = models.quantized_model(quantized).checkpoint
+        return [
+            {
+                "a.safetensors": written(
+                    "a.safetensors",
+                    lambda path: save_quantized_unet(
+                        path, checkpoint.layers, checkpoint.floats, checkpoint.metadata
+                    ),
+                )
+            }
+        ]
+
+
+def read_model(folder: Path, target: str) -> dict[str, Tensor]:
+    """*Load Quantized UNet*, to the MODEL."""
+    from quanttune.host.build import load_model, quantized_model
+
+    return checkpoint_tensors(quantized_model(load_model(str(folder / target), target)).checkpoint)
+
+
+def lora_seeds() -> list[Files]:
+    """LoRAs for the tiny model: ComfyUI's names, DoRA, and peft's with its settings."""
+    from quanttune.host.lora_file import save_lora
+    from quanttune.tests.host.lora_models import exported
+    from quanttune.tests.host.models import small_model
+
+    with torch.inference_mode():
+        _, lora = exported(small_model())
+        kohya = written("a.safetensors", lambda path: save_lora(path, lora))
+    peft = {}
+    for name in (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k",
+    ):
+        peft |= {
+            f"base_model.model.{name}.lora_A.weight": random(4, 32),
+            f"base_model.model.{name}.lora_B.weight": random(32, 4),
+        }
+    config = json.dumps(
+        {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["to_q"],
+            "alpha_pattern": {},
+            "rank_pattern": {},
+        }
+    ).encode()
+    return [
+        {"a.safetensors": kohya},
+        {"a.safetensors": _saved(peft), "adapter_config.json": config},
+    ]
+
+
+@lru_cache(maxsize=1)
+def _model():
+    from quanttune.tests.host.models import small_model
+
+    with torch.inference_mode():
+        return small_model()
+
+
+def read_lora_file(folder: Path, target: str) -> Any:
+    """*Load LoRA (QuantTune)* and *LoRA Train*'s start: read, fitted to a model, as layers."""
+    from quanttune.host.lora_file import import_lora, read_lora
+
+    lora = read_lora(folder / "a.safetensors")
+    return lora, import_lora(lora, _model(), notes=False)
+
+
+def check_lora(files: Files, found: Any) -> str | None:
+    """The file's tensors, finite, and layers that are finite."""
+    try:
+        _, stored = safetensors(files["a.safetensors"])
+    except Unreadable as error:
+        return f"a file that is none was accepted: {error}"
+    lora, layers = found
+    if lora.keys() != stored.keys() or not all(s.same(lora[n]) for n, s in stored.items()):
+        return "other tensors than the file holds"
+    for name, layer in layers.items():
+        parts = [layer.down, layer.up, torch.tensor(float(layer.alpha)), layer.dora_scale]
+        if not all(bool(p.isfinite().all()) for p in parts if p is not None):
+            return f"{name} is not finite"
+    return finite(stored)
+
+
+def upscaler_seeds() -> list[Files]:
+    """A tiny x4 upscaler's folder."""
+    from quanttune.tests.host.upscalers import tiny_pipeline
+
+    return [folder_files(lambda path: tiny_pipeline().save_pretrained(path / "x4"))]
+
+
+def read_upscaler(folder: Path, target: str) -> list[dict[str, Tensor]]:
+    """What *Load SD 4x Upscale* reads before it builds."""
+    from quanttune.host import upscaler_diffusers as parts
+
+    path = folder / "x4"
+    parts.check_pipeline(path)
+    return [
+        part.state for part in (parts.read_unet(path), parts.read_vae(path), parts.read_text(path))
+    ]
+
+
+def check_upscaler(files: Files, found: list[dict[str, Tensor]]) -> str | None:
+    """The UNet's and the VAE's numbers are those of the files."""
+    for part, state in zip(("unet", "vae"), found):
+        wanted = stored_sums(
+            files, [n for n in files if n.startswith(f"x4/{part}/") and n.endswith(".safetensors")]
+        )
+        if isinstance(wanted, str):
+            return wanted
+        if sums(state.values()) != wanted:
+            return f"the {part} has other numbers than its files"
+    return None
+
+
+def load_whole_upscaler(folder: Path, target: str) -> dict[str, Tensor]:
+    """*Load SD 4x Upscale* on a folder, to the MODEL."""
+    from quanttune.host.load_upscaler import load_folder
+
+    model, _, _ = load_folder(folder / "x4")
+    return dict(model.model.diffusion_model.state_dict())
+
+
+def json_files(name: str) -> bool:
+    """Settings alone."""
+    return name.endswith(".json")
+
+
+def small(name: str) -> bool:
+    """All but the upscaler's table of words, which is larger than the rest."""
+    return not name.startswith("x4/text_encoder/model")
+
+
+def readers() -> list[Reader]:
+    """All of this file."""
+    return [
+        Reader(
+            "UNet folder",
+            lambda: [pipeline(), sharded()],
+            settled(read_unet),
+            check_folder,
+            share=0.06,
+        ),
+        Reader(
+            "UNet folder, JSON",
+            lambda: [pipeline(), sharded()],
+            settled(read_unet),
+            check_folder,
+            json_files,
+            share=0.1,
+        ),
+        Reader("UNet file", file_seeds, settled(read_unet), check_folder, share=0.1),
+        Reader("fp8 file", fp8_seeds, settled(read_unet), check_finite, share=0.06),
+        Reader(
+            "ComfyUI INT8 file", stock_seeds, settled(read_stock_file), check_finite, share=0.04
+        ),
+        Reader("bitsandbytes file", bnb_seeds, settled(read_bnb_file), check_finite, share=0.2),
+        Reader(
+            "quantized UNet to MODEL", built_seeds, settled(read_model), check_finite, share=0.15
+        ),
+        Reader("LoRA", lora_seeds, settled(read_lora_file), check_lora, share=0.5),
+        Reader(
+            "upscaler folder",
+            upscaler_seeds,
+            settled(read_upscaler),
+            check_upscaler,
+            small,
+            share=0.06,
+        ),
+        Reader(
+            "upscaler folder to MODEL",
+            upscaler_seeds,
+            settled(load_whole_upscaler),
+            lambda f, t: None,
+            json_files,
+            share=0.04,
+        ),
+    ]

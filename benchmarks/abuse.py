@@ -1,0 +1,109 @@
+"""Abuse: the pack's readers on a hundred thousand files that someone or something has damaged.
+
+    python dev.py bench abuse -- --part files --count 100000 --seed 0
+    python dev.py bench abuse -- --part files --reader "scale set" --count 2000
+    python dev.py bench abuse -- --part files --replay "scale set:17" --keep FOLDER
+
+Each file is a small valid one with one to three changes, most of which know the file's form. It has
+to be refused in one sentence that names it, or read as an independent reader reads it. Another
+exception, a hang, memory beyond reason, files left behind, a dead process and anything accepted
+that is not what the file holds count as failures. Every file follows from the seed and its number.
+Linux only; one process and one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+PARTS = ("files",)
+
+
+def files(options: argparse.Namespace) -> tuple[dict, int]:
+    """Fuzz the readers; returns numbers and how many files failed."""
+    from comfy.cli_args import args
+
+    args.cpu = True  # before the host looks for a GPU
+    from quanttune.benchmarks._fuzz import registry, run
+
+    readers = registry.readers()
+    if not options.replay and len(options.reader or readers) > 1:
+        registry.preload()
+    if options.replay:
+        return {}, replay(readers, options)
+    if options.reader:
+        readers = {name: readers[name] for name in options.reader}
+    began, found = time.monotonic(), []
+    print(
+        f"{'reader':28}{'files':>8}{'refused':>9}{'accepted':>9}{'failures':>9}{'s':>7}{'MiB':>7}"
+    )
+    for outcome in run.campaigns(readers, options.count, options.seed):
+        found.append(outcome)
+        print(
+            f"{outcome.name:28}{outcome.files:8}{outcome.refused:9}{outcome.accepted:9}"
+            f"{len(outcome.failures):9}{outcome.seconds:7.1f}{outcome.peak_mib:7.0f}",
+            flush=True,
+        )
+        for failure in outcome.failures[: options.show]:
+            print(f"    {failure['number']}: {failure['kind']}: {failure['told']}", flush=True)
+    failures = sum(len(o.failures) for o in found)
+    total = sum(o.files for o in found)
+    seconds = time.monotonic() - began
+    print(f"{total} files, {failures} failures, {seconds:.0f} s")
+    return {
+        "seed": options.seed,
+        "files": total,
+        "failures": failures,
+        "seconds": round(seconds, 1),
+        "readers": [asdict(o) for o in found],
+    }, failures
+
+
+def replay(readers: dict, options: argparse.Namespace) -> int:
+    """One file again, kept in a folder if one is given; returns 1 if it fails."""
+    import tempfile
+
+    from quanttune.benchmarks._fuzz import run
+
+    name, _, number = options.replay.rpartition(":")
+    reader = readers[name]
+    made, target = run.case(reader.name, reader.seeds(), reader.choose, options.seed, int(number))
+    with tempfile.TemporaryDirectory() as folder:
+        kind, told, taken = run.one(reader, run.Bench(Path(folder, "bench")), made, target)
+    print(f"{target}: {kind}: {told} ({taken / 2**20:.0f} MiB)")
+    if options.keep:
+        for path, content in made.items():
+            kept = Path(options.keep, path)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(content)
+    return int(kind not in (run.REFUSED, run.ACCEPTED))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that are asked for; returns 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="all by default")
+    parser.add_argument("--count", type=int, default=100_000, help="changed files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", action="append", help="only this one, by its name")
+    parser.add_argument("--replay", metavar="READER:NUMBER", help="one file again")
+    parser.add_argument("--keep", metavar="FOLDER", help="where a replayed file goes")
+    parser.add_argument("--show", type=int, default=10, help="failures of a reader that are told")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    options = parser.parse_args(arguments)
+    found, failed = {}, 0
+    for part in options.part or PARTS:
+        found[part], failures = globals()[part](options)
+        failed += failures
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
