@@ -32,17 +32,19 @@ def files(options: argparse.Namespace) -> tuple[dict, int]:
     from quanttune.benchmarks._fuzz import registry, run
 
     readers = registry.readers()
-    if not options.replay and len(options.reader or readers) > 1:
-        registry.preload()
     if options.replay:
         return {}, replay(readers, options)
     if options.reader:
         readers = {name: readers[name] for name in options.reader}
+    counts = run.counts(readers, options.count)
+    if options.files:
+        counts = {n: int(count) for n, _, count in (f.rpartition(":") for f in options.files)}
+    registry.preload(counts)
     began, found = time.monotonic(), []
     print(
         f"{'reader':28}{'files':>8}{'refused':>9}{'accepted':>9}{'failures':>9}{'s':>7}{'MiB':>7}"
     )
-    for outcome in run.campaigns(readers, options.count, options.seed):
+    for outcome in run.campaigns(readers, counts, options.seed):
         found.append(outcome)
         print(
             f"{outcome.name:28}{outcome.files:8}{outcome.refused:9}{outcome.accepted:9}"
@@ -91,6 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100_000, help="changed files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", action="append", help="only this one, by its name")
+    parser.add_argument(
+        "--files",
+        metavar="READER:COUNT",
+        action="append",
+        default=[],
+        help="so many files for this one, and none for those that are not named",
+    )
     parser.add_argument("--replay", metavar="READER:NUMBER", help="one file again")
     parser.add_argument("--keep", metavar="FOLDER", help="where a replayed file goes")
     parser.add_argument("--show", type=int, default=10, help="failures of a reader that are told")

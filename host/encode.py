@@ -11,9 +11,13 @@ import comfy.utils
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.checkpoint import is_finite
 from ..quant.safe_file import read_safetensors, write_safetensors
 from ..training.data import EmptyCaptions, TrainingImages, TrainingSet
 from .patches import injections_digest
+
+LATENT, CONDITIONS = "quanttune.latent", "quanttune.conditions"
+"""What cache files of pictures and of captions say they are."""
 
 
 def encode(images: TrainingImages, patcher, clip, vae, cache: Path | None = None) -> TrainingSet:
@@ -76,10 +80,10 @@ def _kept_conditions(patcher, clip, caption: str, latent: torch.Tensor, reader: 
     # The tokens rather than the words: an embedding that a word names is part of them.
     key = repr((reader, clip.tokenize(caption), tuple(latent.shape)))
     path = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
-    found = _read(path)
+    found = _read(path, CONDITIONS)
     if found is None:
         found = conditions_of(patcher, clip, caption, latent)
-        _keep(path, found, "quanttune.conditions")
+        _keep(path, found, CONDITIONS)
     return found
 
 
@@ -156,27 +160,31 @@ def _latent(picture, patcher, vae, identity: str, cache: Path | None, index: int
     key = hashlib.sha256(identity.encode())
     key.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
     path = None if cache is None else Path(cache) / f"{key.hexdigest()[:40]}.safetensors"
-    found = None if path is None else _read(path)
-    if found is not None and "latent" in found:
+    found = None if path is None else _read(path, LATENT)
+    if found is not None and "latent" in found and found["latent"].dim() == 3 and (
+            found["latent"].dtype == torch.float32):
         return found["latent"]
     latent = patcher.model.process_latent_in(vae.encode(picture[None]))[0].float().cpu()
     if not torch.isfinite(latent).all():
         raise QuantTuneError(f"The VAE makes NaN of image {index + 1}; use another VAE, or start "
                              "ComfyUI with --fp32-vae.")
     if path is not None:
-        _keep(path, {"latent": latent}, "quanttune.latent")
+        _keep(path, {"latent": latent}, LATENT)
     return latent
 
 
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    """Tensors of a cache file; None, and no file any more, if it cannot be read."""
+def _read(path: Path, kind: str) -> dict[str, torch.Tensor] | None:
+    """Tensors of a cache file; None, and no file any more, if it is not what `_keep` writes."""
     if not path.exists():
         return None
     try:
-        return {name: t.clone() for name, t in read_safetensors(path)[1].items()}
+        told, tensors = read_safetensors(path)
+        if told == {"format": kind} and tensors and all(map(is_finite, tensors.values())):
+            return {name: t.clone() for name, t in tensors.items()}
     except QuantTuneError:
-        path.unlink(missing_ok=True)
-        return None
+        pass
+    path.unlink(missing_ok=True)
+    return None
 
 
 def _keep(path: Path, tensors: Mapping[str, torch.Tensor], kind: str) -> None:

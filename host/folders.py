@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
@@ -13,6 +14,7 @@ from ..quant.tensor_file import SAFETENSORS
 from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
 from ..starter.qdiffusion_file import NAME as MADE
 from ..starter.qdiffusion_file import write_qdiffusion_starter
+from .lora_keys import brief
 
 UNET_FOLDERS = ("quanttune", "diffusion_models")
 SCALES_FOLDER = "quanttune_scales"
@@ -20,6 +22,12 @@ METRICS_FOLDER = "quanttune_metrics"
 LORA_FOLDER = "loras"
 STATES = (".pt",)
 """Of the states of TuneQDM's authors, which are quantized UNets and scales in one."""
+LONGEST = 200
+"""Bytes of a name: most systems have 255, and a number and endings come after it."""
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
+"""What Windows keeps for devices."""
+_UNWRITTEN = re.compile('[\0-\x1f\x7f<>:"|?*\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+"""Characters that some system has in no name, or that show a name as another one."""
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -106,11 +114,14 @@ def lora_path(name: str) -> str:
 
 def _find(folders, name, where) -> str:
     for folder in folders:
-        path = folder_paths.get_full_path(folder, name)
+        try:
+            path = folder_paths.get_full_path(folder, name)
+        except (OSError, ValueError):  # of a name that is none: on another drive, or too long
+            path = None
         if path is not None:
             return path
-    raise QuantTuneError(f"The file '{name}' is not there; put it into {where} and press R to "
-                         "refresh the list.")
+    raise QuantTuneError(f"The file '{brief(name)}' is not there; put it into {where} and press R "
+                         "to refresh the list.")
 
 
 def output_path(prefix: str, suffix: str = ".safetensors",
@@ -119,12 +130,13 @@ def output_path(prefix: str, suffix: str = ".safetensors",
 
     ``example`` of a good prefix is told when this one is none.
     """
-    if not prefix.strip() or "\0" in prefix or prefix.encode(errors="replace").decode() != prefix:
-        raise QuantTuneError("The file name is empty, or holds a NUL or half a character; use a "
-                             f"plain name such as '{example}'.")
+    if wrong := name_fault(prefix):
+        raise QuantTuneError(f"The name '{brief(prefix)}' {wrong}; use a plain name such as "
+                             f"'{example}'.")
     directory = folder_paths.get_output_directory()
     try:
-        folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, directory)
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(
+            prefix.replace("\\", "/"), directory)
     except OSError as error:
         raise QuantTuneError(
             f"The output folder for '{prefix}' cannot be written ({error.strerror or error}); free "
@@ -133,7 +145,40 @@ def output_path(prefix: str, suffix: str = ".safetensors",
         raise QuantTuneError(
             f"The name '{prefix}' points outside the output folder; use a plain name such as "
             f"'{example}'.") from error
+    if not is_inside(folder, directory):  # ComfyUI's older releases follow links out of it
+        raise QuantTuneError(f"The name '{brief(prefix)}' leads out of the output folder by a "
+                             f"link; use a plain name such as '{example}'.")
     return os.path.join(folder, f"{filename}_{counter:05}_{suffix}")
+
+
+def name_fault(name: str) -> str:
+    """What is wrong with a name for a file to write, the end of a sentence, or "".
+
+    A name goes from one system to another with its workflow, so that the rules of all of them
+    count: folders are parted by "/" or "\\" and none of them is a way up.
+    """
+    if name.startswith(("/", "\\", "~")) or name[1:3] in (":\\", ":/"):
+        return "points outside the output folder"
+    parts = re.split(r"[/\\]", name)
+    if ".." in parts:
+        return "points outside the output folder"
+    if not name.strip("/\\. ") or _UNWRITTEN.search(name):
+        return "is empty, or holds a character that no file name has on every system"
+    for part in parts:
+        if part not in ("", ".") and (part.endswith((".", " ")) or RESERVED.fullmatch(part)):
+            return "is one that Windows does not write"
+        if len(part.encode()) > LONGEST:
+            return f"is too long: a folder or file has at most {LONGEST} bytes"
+    return ""
+
+
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a folder once all links are followed."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    try:
+        return os.path.commonpath((path, folder)) == folder
+    except ValueError:  # another drive
+        return False
 
 
 def file_state(path: str) -> str:

@@ -11,6 +11,7 @@ import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
+from comfy.cli_args import args
 from PIL import Image, ImageOps
 
 from ..quant import QuantTuneError
@@ -19,6 +20,7 @@ from ..training.buckets import bucket_of, told
 from ..training.data import ROOM, TrainingImages, free_memory
 from .captions import metadata_file, metadata_state, with_metadata, with_text_files
 from .dataset_folder import dataset_files, dataset_pictures, is_dataset
+from .lora_keys import brief
 from .picture_file import SUFFIXES, UNREADABLE, Found, left_out, open_picture, picture_files
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "starter" / "subjects"
@@ -62,14 +64,32 @@ def _holds_pictures(folder: Path) -> bool:
 
 def folder_of(name: str) -> Path:
     """Folder of a name from `image_folders`, of one below the input folder, or a full path."""
+    root = Path(folder_paths.get_input_directory())
     if name.startswith(STARTER):
-        folder = SUBJECTS / name.removeprefix(STARTER)
+        subject = name.removeprefix(STARTER)
+        folder = SUBJECTS / subject if subject in os.listdir(SUBJECTS) else Path()
     else:
-        folder = Path(folder_paths.get_input_directory()) / name.strip()
-    if not name.strip() or "\0" in name or not os.path.isdir(folder):
-        raise QuantTuneError(f"The image folder '{name}' is not there; give a folder of the input "
-                             "folder or a full path.")
+        folder = root / name.strip()
+    if folder == Path() or not name.strip() or "\0" in name or not os.path.isdir(folder):
+        raise QuantTuneError(f"The image folder '{brief(name)}' is not there; give a folder of the "
+                             "input folder or a full path.")
+    if not name.startswith(STARTER) and not is_local() and not _below(folder, root):
+        raise QuantTuneError(f"The image folder '{brief(name)}' is not in the input folder, and "
+                             "this ComfyUI can be reached from other computers (--listen); put the "
+                             "pictures, or a link to their folder, into ComfyUI's input folder.")
     return folder
+
+
+def _below(folder: Path, root: Path) -> bool:
+    """Whether a folder is one of ``root``; a link in there belongs to who runs the computer."""
+    folder, root = os.path.normpath(folder), os.path.normpath(root)
+    return folder == root or folder.startswith(root + os.sep)
+
+
+def is_local() -> bool:
+    """Whether only this computer reaches ComfyUI, so that its user may read what it may read."""
+    addresses = [a.strip() for a in str(args.listen or "").split(",")]
+    return all(a in ("localhost", "::1") or a.startswith("127.") for a in addresses)
 
 
 def folder_state(name: str, captions: str = TEXT_FILES) -> str:

@@ -168,12 +168,12 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         QuantTuneError: a MODEL without static ranges, with a LoRA or scales, or of another
             architecture than the reference; whatever the training raises.
     """
+    folder = run_folder(name)  # a name that is none is told before any work
     mode = _mode_of(patcher)
     samples = Samples(latent, positive, negative, how)
     record, owners = _recorded(reference, samples)
     train, held_out = _divided(owners)
     before = _error_of(record, patcher, held_out)
-    folder = run_folder(name)
     with training_copy(patcher, config.precision) as denoiser:
         floats = _float_weights(reference, mode) if config.weight_learning_rate else None
         examples = repr((samples.key(), asdict(how), identity_of(reference), held_out))

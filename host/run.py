@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
+from .folders import RESERVED, is_inside
 from .picture_file import LARGEST, UNREADABLE, write_png
 from .pictures import SamplingSettings, sample_pictures
 
@@ -31,8 +32,6 @@ RUNS = "quanttune_runs"
 """Folder of the training runs in the host's output folder."""
 LONGEST = 240
 """Bytes of a run's name; file systems have 255, of which a run that is put aside takes some."""
-RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
-"""Names that Windows keeps for devices."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,11 @@ def run_folder(name: str) -> Path:
     if RESERVED.fullmatch(name):
         raise QuantTuneError(f"The run name {name!r} is one that Windows keeps for devices; use "
                              "another one.")
-    return Path(folder_paths.get_output_directory()) / RUNS / name
+    folder = Path(folder_paths.get_output_directory()) / RUNS / name
+    if not is_inside(folder, folder_paths.get_output_directory()):
+        raise QuantTuneError(f"The run {name!r} leads out of the output folder by a link; use "
+                             "another name, or start ComfyUI with --output-directory.")
+    return folder
 
 
 @contextmanager

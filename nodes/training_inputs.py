@@ -109,12 +109,13 @@ def encoded(model, images, clip, vae, latents, conditioning, run_name: str, need
 
     Raises QuantTuneError when it is not enough; ``needs_clip`` when something else needs a CLIP.
     """
+    folder = run_folder(run_name)  # a name that is none is told before any work
     if (images is not None or needs_clip) and (clip is None or vae is None):
         raise QuantTuneError("Images, validation prompts, caption dropout and training the text "
                              "encoder need a CLIP and a VAE; connect both, for instance from the "
                              "checkpoint loader.")
     if images is not None:
-        return encode(images, model, clip, vae, run_folder(run_name).parent / ".cache"), \
+        return encode(images, model, clip, vae, folder.parent / ".cache"), \
             images.subject
     if latents is not None and conditioning is not None:
         return from_latents(latents, conditioning, model), ""

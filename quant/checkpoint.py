@@ -15,7 +15,7 @@ from .errors import QuantTuneError
 from .fingerprint import fingerprint
 from .int8.ranges import ActivationRanges
 from .packing import packed_shape
-from .safe_file import read_safetensors, write_safetensors
+from .safe_file import DTYPE_NAMES, read_safetensors, write_safetensors
 from .scale_file import load_scale_set, save_scale_set
 from .spec import SUPPORTED_BITS
 from .weight import QuantizedWeight, check_split
@@ -364,7 +364,7 @@ def _read_layer(path: str, name: str, facts: Any, tensors: dict[str, Tensor]) ->
 
 def check_float(path: str, name: str, tensor: Tensor) -> None:
     """Refuse float tensors that are not float, or hold NaN or infinity."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype not in DTYPE_NAMES:
         raise QuantTuneError(
             f"The file {path} has a tensor {name} of type {tensor.dtype} where a float is "
             f"needed; {AGAIN}."

@@ -63,11 +63,23 @@ class LossFile:
 
 
 def read_losses(folder: Path) -> list[StepRecord]:
-    """The steps in a run's ``loss.csv``."""
-    with open(Path(folder) / FILE, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [StepRecord(int(r["step"]), float(r["loss"]), float(r["rate"]), int(r["expert"]),
-                       float(r["gradient_norm"])) for r in rows]
+    """The steps in a run's ``loss.csv``.
+
+    Raises:
+        QuantTuneError: no such file, or one that `LossFile` has not written.
+    """
+    path = Path(folder) / FILE
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        return [StepRecord(int(r["step"]), float(r["loss"]), float(r["rate"]), int(r["expert"]),
+                           float(r["gradient_norm"])) for r in rows]
+    except OSError as error:
+        raise QuantTuneError(f"The losses {path} cannot be read ({error.strerror or error}); give "
+                             "the folder of a training run.") from error
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise QuantTuneError(f"The losses {path} are damaged; delete the file, the training writes "
+                             "it again.") from error
 
 
 TRACKERS = ("tensorboard", "wandb")

@@ -128,6 +128,56 @@ def read_tuneqdm(folder: Path, target: str) -> Any:
     }
 
 
+def read_encoded(folder: Path, target: str) -> Any:
+    """Pictures that a training has encoded before; what is damaged is encoded again."""
+    from quanttune.host.encode import _read
+
+    return _read(folder / target, "quanttune.latent")
+
+
+def check_encoded(files: Files, found: Any) -> str | None:
+    """Nothing, or the finite numbers of the file."""
+    if found is None:
+        return None
+    wanted = readers_quant.told(files["x.safetensors"])
+    if isinstance(wanted, str):
+        return wanted
+    return readers_quant.differing(found, wanted[1]) or readers_quant.finite(wanted[1])
+
+
+def encoded_seeds() -> list[Files]:
+    """A latent in the cache."""
+    from quanttune.quant.safe_file import write_safetensors
+
+    return [
+        {
+            "x.safetensors": written(
+                "x.safetensors",
+                lambda path: write_safetensors(
+                    path, {"latent": torch.ones(4, 8, 8)}, {"format": "quanttune.latent"}
+                ),
+            )
+        }
+    ]
+
+
+def read_losses(folder: Path, target: str) -> Any:
+    """The losses of a run."""
+    from quanttune.training.history import read_losses
+
+    return read_losses(folder)
+
+
+def loss_seeds() -> list[Files]:
+    """Three steps."""
+    return [
+        {
+            "loss.csv": b"step,loss,rate,expert,gradient_norm\r\n1,0.5,0.001,-1,2.5\r\n"
+            b"2,0.25,1e-05,0,0.1\r\n3,nan,0.0,3,0.0\r\n"
+        }
+    ]
+
+
 def check_finite(files: Files, found: Any) -> str | None:
     """Whatever was read is finite."""
     odd = [n for n, t in found.items() if not bool(t.float().isfinite().all())]
@@ -141,5 +191,7 @@ def readers() -> list[Reader]:
         Reader("TuneQDM state to UNet", tuneqdm_seeds, run(read_tuneqdm), check_finite, share=0.05),
         Reader("starter model", starter_seeds, run(read_starter), check_finite, share=0.03),
         Reader("small upscaler", upscaler_seeds, run(read_upscaler), check_finite, share=0.03),
+        Reader("encoded pictures", encoded_seeds, read_encoded, check_encoded, share=1),
+        Reader("losses", loss_seeds, read_losses, lambda files, found: None, share=0.5),
         Reader("listings", listing_seeds, run(read_listing), check_listing, quiet=True, share=0.15),
     ]

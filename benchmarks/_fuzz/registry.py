@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from . import readers_host, readers_listed, readers_pictures, readers_quant
 from .run import Reader
 
@@ -17,8 +19,10 @@ def readers() -> dict[str, Reader]:
     return {reader.name: reader for reader in found}
 
 
-def preload() -> None:
-    """Import what readers need, once for all processes that are forked from this one."""
+def preload(names: Iterable[str]) -> None:
+    """Import what these readers need, once for all processes that are forked from this one."""
+    if not {r.name for r in (*readers_host.readers(), *readers_listed.readers())} & set(names):
+        return
     import bitsandbytes.functional  # noqa: F401
     import comfy.sd  # noqa: F401
     import diffusers  # noqa: F401

@@ -360,8 +360,15 @@ def _process(
     return [json.loads(line) for line in text.splitlines() if line.strip()], died
 
 
-def campaigns(readers: Mapping[str, Reader], count: int, seed: int) -> Iterator[Outcome]:
-    """Each reader's share of ``count`` files."""
-    total = sum(r.share for r in readers.values())
-    for reader in readers.values():
-        yield campaign(reader, max(1, round(count * reader.share / total)), seed)
+def counts(readers: Mapping[str, Reader], total: int) -> dict[str, int]:
+    """How many of ``total`` files each reader gets."""
+    shares = sum(r.share for r in readers.values())
+    return {name: max(1, round(total * r.share / shares)) for name, r in readers.items()}
+
+
+def campaigns(
+    readers: Mapping[str, Reader], files: Mapping[str, int], seed: int
+) -> Iterator[Outcome]:
+    """The outcomes of readers by name, one after the other, on so many files each."""
+    for name, count in files.items():
+        yield campaign(readers[name], count, seed)
