@@ -163,7 +163,8 @@ def name_fault(name: str) -> str:
     if ".." in parts:
         return "points outside the output folder"
     if not name.strip("/\\. ") or _UNWRITTEN.search(name):
-        return "is empty, or holds a character that no file name has on every system"
+        return ("is empty, or holds a NUL, half a character or another that file names cannot have "
+                "on every system")
     for part in parts:
         if part not in ("", ".") and (part.endswith((".", " ")) or RESERVED.fullmatch(part)):
             return "is one that Windows does not write"

@@ -337,8 +337,12 @@ def read_entries(
         if not all(isinstance(text, str) for text in strings.values()):
             raise ValueError("metadata that is no text")
         shapes = [tuple(entry["shape"]) for entry in entries.values()]
-        if not all(type(n) is int and n >= 0 for shape in shapes for n in shape):
-            raise ValueError("a shape that is none")
+        for shape in shapes:
+            # An empty tensor may have sides, too, that no program counts to.
+            if not all(type(n) is int and n >= 0 for n in shape) or (
+                math.prod(n or 1 for n in shape) >= 2**62
+            ):
+                raise ValueError("a shape that is none")
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, f"has a damaged header ({first_line(error)})") from error
     except (TypeError, KeyError, AttributeError) as error:

@@ -45,6 +45,9 @@ def check_structure(path: str | os.PathLike[str]) -> None:
         if start == b"PK\x03\x04":
             with zipfile.ZipFile(file) as archive:
                 for entry in archive.infolist():
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        # It could be a thousand times larger than the file.
+                        raise ValueError("it is a compressed archive, which PyTorch does not write")
                     if entry.filename.endswith("data.pkl"):
                         walk(archive.read(entry), 0)
         elif start[:1] == b"\x80":

@@ -204,6 +204,8 @@ def _layer(path: str, name: str, own: Mapping[str, Tensor], experts: int, symmet
     if s_out is None:
         raise _damaged(path, f"the layer {label} has no {OUT}")
     out = s_out.shape[1] if s_out.dim() > 1 else 0
+    if integers is not None and not integers.dim():
+        raise _damaged(path, f"{label}.{INTEGERS} is a single number, no weight")
     shape = tuple(integers.shape) if integers is not None else (
         out, s_in.shape[2] if s_in is not None and s_in.dim() > 2 else 0)
     wanted = {OUT: (experts, shape[0]), IN: (experts, 1, *shape[1:2])}

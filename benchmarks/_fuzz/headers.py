@@ -183,7 +183,7 @@ def fitting(rng: Random, data: bytes) -> bytes:
         pieces[name] = (piece * 3)[: max(0, rows) * row]
     elif kind == 5:  # another type, its data as long as that needs
         entry["dtype"] = rng.choice(tuple(SIZES))
-        size = SIZES[entry["dtype"]] * math.prod(entry["shape"])
+        size = min(2**20, SIZES[entry["dtype"]] * math.prod(entry["shape"]))
         pieces[name] = (piece * 9)[:size].ljust(size, b"\0")
     else:  # the tensors of two names exchanged
         other = rng.choice(list(pieces))

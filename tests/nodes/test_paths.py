@@ -49,9 +49,15 @@ HOSTILE = ["../x", "../../etc/passwd", "a/../../x", "/etc/x", "..\\x", "a\\..\\.
            "a:b", "a*b", "a|b", "//x"]
 
 
-def test_every_text_and_choice_is_known(comfy_inprocess):
+@pytest.fixture(scope="module", autouse=True)
+def nodes(comfy_inprocess):
+    """All of the pack, whose folders the host then knows."""
+    return pack_nodes()
+
+
+def test_every_text_and_choice_is_known(nodes):
     unknown = []
-    for node_id, node in pack_nodes().items():
+    for node_id, node in nodes.items():
         for entry in node.GET_SCHEMA().inputs:
             if entry.get_io_type() in ("STRING", "COMBO") and (
                     (node_id, entry.id) not in NAMES and entry.id not in WORDS):
@@ -59,14 +65,13 @@ def test_every_text_and_choice_is_known(comfy_inprocess):
     assert not unknown, "put them into NAMES if they name a file or folder, else into WORDS"
 
 
-def test_the_list_is_of_inputs_that_there_are(comfy_inprocess):
-    nodes = pack_nodes()
+def test_the_list_is_of_inputs_that_there_are(nodes):
     there = {(n, e.id) for n, node in nodes.items() for e in node.GET_SCHEMA().inputs}
     assert NAMES.keys() <= there
 
 
 @pytest.fixture(scope="module")
-def model(comfy_inprocess):
+def model(nodes):
     from quanttune.tests.host import models
 
     with torch.inference_mode():
@@ -74,7 +79,7 @@ def model(comfy_inprocess):
 
 
 @pytest.fixture(scope="module")
-def given(model):
+def given(model, nodes):
     """What each node needs beside the name."""
     from quanttune.host.lora_file import LoraWeights
     from quanttune.quant import ScaleSet
@@ -86,7 +91,7 @@ def given(model):
         lora = LoraWeights(exported(models.small_model())[1])
     train = {"latents": {"samples": torch.zeros(1, 4, 8, 8)},
              "conditioning": [[torch.zeros(1, 7, 24), {}]], "model": model}
-    return {
+    return nodes, {
         "QuantTuneSaveQuantizedUNet": {"model": model}, "QuantTuneSaveForStock": {"model": model},
         "QuantTuneSaveScales": {"scales": ScaleSet.identity({"a": (2, 2)}, 1)},
         "QuantTuneSaveLora": {"lora": lora}, "QuantTuneSaveReport": {"report_a": "words"},
@@ -104,9 +109,9 @@ def given(model):
 
 def call(given, node_id, name_of, name):
     """Run a node with the name in this input."""
-    node = pack_nodes()[node_id]
+    node = given[0][node_id]
     known = {e.id for e in node.GET_SCHEMA().inputs}
-    inputs = {k: v for k, v in given.get(node_id, {}).items() if k in known}
+    inputs = {k: v for k, v in given[1].get(node_id, {}).items() if k in known}
     return run_node(node, **{**inputs, name_of: name})
 
 

@@ -101,11 +101,11 @@ def test_the_graph_comes_along_unless_the_host_keeps_no_metadata(node, monkeypat
     ({"report_a": "x", "filename_prefix": " "}, "empty"),
     ({"report_a": "x", "filename_prefix": "a\0b"}, "NUL"),
     ({"report_a": "x", "filename_prefix": "a\ud800b"}, "half a character"),
-    ({"report_a": "x", "filename_prefix": "a" * 400}, "name is too long"),
-    ({"report_a": "x", "filename_prefix": "a" * 400, "format": "Markdown"}, "name is too long"),
+    ({"report_a": "x", "filename_prefix": "a" * 400}, "is too long"),
+    ({"report_a": "x", "filename_prefix": "a" * 400, "format": "Markdown"}, "is too long"),
     ({"report_a": "x", "filename_prefix": "a" * 236, "format": "Markdown",
-      "chart_a": torch.zeros(1, 8, 8, 3)}, "name is too long"),
-    ({"report_a": "x", "filename_prefix": f"{'a' * 400}/b"}, "cannot be written"),
+      "chart_a": torch.zeros(1, 8, 8, 3)}, "is too long"),
+    ({"report_a": "x", "filename_prefix": f"{'a' * 400}/b"}, "is too long"),
     ({"report_a": "x", "format": "PDF"}, "format is 'PDF'"),
 ])
 def test_refusals(node, host_folders, inputs, match):

@@ -163,6 +163,18 @@ def test_tensors_that_are_more_than_their_numbers(form, value, tmp_path):
     refused("holds", tmp_path / "a.pt")
 
 
+def test_a_record_that_unpacks_to_a_great_deal(tmp_path):
+    import tracemalloc
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("a/data.pkl", bytes(2**27))
+    tracemalloc.start()
+    refused("compressed archive", tmp_path / "a.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("edit", ["short", "long", "twice"])
 def test_a_record_of_another_size_is_not_read_past_its_end(edit, tmp_path):
     import zipfile
