@@ -47,3 +47,17 @@ def test_an_empty_caption_comes_with_the_size_of_its_picture():
         assert torch.equal(empty["y"][:, 128:], captioned["y"][:, 128:]), "the same size"
         assert not empty["y"][:, :128].any() and captioned["y"][:, :128].all()
         assert not empty["c_crossattn"].any() and captioned["c_crossattn"].all()
+
+
+@pytest.mark.parametrize("tensors,kind", [
+    ({"latent": torch.tensor([[[float("nan")]]])}, "quanttune.latent"),
+    ({"latent": torch.ones(1, 2, 2)}, "quanttune.conditions"), ({}, "quanttune.latent")])
+def test_a_damaged_cache_is_made_again(tensors, kind, comfy_inprocess, tmp_path):
+    from quanttune.host.encode import LATENT, _read
+    from quanttune.quant.safe_file import write_safetensors
+
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"latent": torch.ones(1, 2, 2)}, {"format": LATENT})
+    assert _read(path, LATENT)["latent"].shape == (1, 2, 2)
+    write_safetensors(path, tensors, {"format": kind})
+    assert _read(path, LATENT) is None and not path.exists()

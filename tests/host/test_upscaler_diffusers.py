@@ -233,3 +233,31 @@ class TestWrongFolder:
         told("unet/config.json holds no settings")
         (upscaler_folder / "unet" / "config.json").write_text("[" * 100_000)
         told("unet/config.json cannot be read")
+
+
+def test_weights_that_are_not_finite(comfy_inprocess, tmp_path):
+    from safetensors.torch import save_file
+
+    from quanttune.host.diffusers_files import ModelFolder
+    from quanttune.quant import QuantTuneError
+
+    (tmp_path / "unet").mkdir()
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({"a.weight": torch.tensor([1.0, float("inf")])}, path)
+    with pytest.raises(QuantTuneError, match="has NaN or infinite values in 'a.weight'"):
+        ModelFolder(tmp_path).weights("unet")
+
+
+def test_an_archive_of_several_disks(comfy_inprocess, tmp_path):
+    from quanttune.host.diffusers_files import fault
+
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    assert fault(path) is None
+    place = data.rfind(b"PK\x06\x07")  # where the end of the directory lies, of zip64
+    if place < 0:
+        pytest.skip("torch writes another directory")
+    data[place + 4] = 1
+    path.write_bytes(data)
+    assert fault(path) == "is cut short"

@@ -99,3 +99,22 @@ def test_pictures_obey_their_prompts(parts, classifier):
     right = obedience([s for s, _ in prompts], pictures, classifier)
     for name in ("shape", "colour", "background"):
         assert right[name] >= 0.85, (name, right)
+
+
+@pytest.mark.parametrize("damage", ["nan", "cut"])
+def test_a_damaged_file_is_told(damage, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("comfy")
+    from quanttune.quant import QuantTuneError
+    from quanttune.quant.safe_file import write_safetensors
+    from quanttune.starter.load import read, whole
+
+    path = tmp_path / "clip.safetensors"
+    write_safetensors(path, {"a": torch.tensor([float(damage == "cut" or "nan")])}, {})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(QuantTuneError, match="clip.safetensors (is missing or damaged|has NaN)"):
+        read(str(path))
+    other = "unet.safetensors describes another network"
+    with pytest.raises(QuantTuneError, match=other), whole("unet.safetensors"):
+        raise KeyError("model_channels")
