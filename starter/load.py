@@ -4,7 +4,7 @@ the host."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from ..quant.safe_file import read_with_strings
 from .config import CLIP, TOKENS, VOCABULARY_SIZE
 
 FOLDER = Path(__file__).resolve().parent
+UNUSED = ("logit_scale", "text_projection.weight", "text_projection")
+"""Parts of a text encoder that compare texts with pictures, which nothing here does."""
 
 
 def load_starter(
@@ -81,6 +83,20 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return state, metadata
 
 
+def check_names(path: str, names: Iterable[str], module: torch.nn.Module, prefix: str = "") -> None:
+    """Raise QuantTuneError when a file lacks tensors, which the host would leave unset.
+
+    names: of the file's tensors; prefix: what stands before them in the module.
+    """
+    wanted = {name for name in module.state_dict() if not name.endswith(UNUSED)}
+    if missing := wanted - {prefix + name for name in names}:
+        raise QuantTuneError(
+            f"The starter model's file {Path(path).name} lacks {len(missing)} tensors, "
+            f"{min(missing)} for one; install the pack again, or restore the file from its "
+            "repository."
+        )
+
+
 def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
     """The diffusion model as a ModelPatcher; also the factory the host reloads it with."""
     state, metadata = read(path)
@@ -89,8 +105,10 @@ def load_unet(path: str, model_options: dict, disable_dynamic: bool = False):
             f"{Path(path).name} carries no `unet_config`, so it is not the starter model; "
             "restore the file from the pack's repository."
         )
+    names = list(state)
     config = comfy.supported_models.SD15(json.loads(metadata["unet_config"]))
     patcher = patcher_of(config, state, model_options, disable_dynamic)
+    check_names(path, names, patcher.model.diffusion_model)
     patcher.cached_patcher_init = (load_unet, (path, model_options))
     return patcher
 
@@ -135,6 +153,7 @@ def load_clip(path: str, embedding_directory=None, disable_dynamic: bool = False
     table = rows[:1].expand(VOCABULARY_SIZE, -1).clone()
     table[ids] = rows[1:]
     state["text_model.embeddings.token_embedding.weight"] = table
+    names = list(state)
     target = comfy.supported_models_base.ClipTarget(
         comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel
     )
@@ -147,6 +166,7 @@ def load_clip(path: str, embedding_directory=None, disable_dynamic: bool = False
         model_options={"clip_l_model_config": CLIP},
         disable_dynamic=disable_dynamic,
     )
+    check_names(path, names, clip.cond_stage_model, "clip_l.transformer.")
     clip.patcher.cached_patcher_init = (load_clip_patcher, (path, embedding_directory))
     return clip
 
@@ -183,7 +203,9 @@ def load_clip_patcher(path: str, embedding_directory=None, disable_dynamic: bool
 def load_vae(path: str):
     """The picture autoencoder as the host's VAE (its TAESD form)."""
     state, metadata = read(path)
+    names = list(state)
     vae = comfy.sd.VAE(sd=state, metadata=metadata)
+    check_names(path, names, vae.first_stage_model)
     vae.throw_exception_if_invalid()
     vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (path,))
     return vae
