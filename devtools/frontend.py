@@ -34,7 +34,10 @@ FLAGS = (
     "--disable-sync",
 )
 # The page opens an empty workflow by itself; before that is there, ours would be replaced by it.
-_READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.vueAppReady"
+# Frontends of ComfyUI 0.18 open none when no former workflow is to be restored.
+_STARTED = "() => window.app?.extensionManager && window.app.vueAppReady"
+_READY = "() => window.app.extensionManager.workflow?.activeWorkflow"
+_OPEN_EMPTY = "() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')"
 # No welcome window over the graph, no workflow left over from another tab.
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -70,13 +73,20 @@ class Frontend:
     """
 
     def __init__(self, page: Any, url: str):
+        from playwright.sync_api import TimeoutError
+
         self.page = page
         self.errors: list[str] = []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self._note(str(error)))
         page.request.post(f"{url}/settings", data=_SETTINGS)
         page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(_READY, timeout=120_000)
+        page.wait_for_function(_STARTED, timeout=120_000)
+        try:
+            page.wait_for_function(_READY, timeout=30_000)
+        except TimeoutError:
+            page.evaluate(_OPEN_EMPTY)
+            page.wait_for_function(_READY, timeout=60_000)
 
     def _on_console(self, message: Any) -> None:
         if message.type == "error":

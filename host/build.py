@@ -22,6 +22,7 @@ from ..quant import (
 from ..quant import fingerprint as fingerprint_of
 from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
 from .bnb_file import is_bnb_file, read_bnb
+from .compat import set_inference_dtype
 from .describe import model_config
 from .import_qdiffusion import read_qdiffusion
 from .layout import wrap
@@ -96,7 +97,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     offload_device = comfy.model_management.unet_offload_device()
     config = model_config(checkpoint, name)
     unet_dtype, cast_dtype = dtypes or _choose_dtypes(checkpoint, config, load_device)
-    config.set_inference_dtype(unet_dtype, cast_dtype, device=load_device)
+    set_inference_dtype(config, unet_dtype, cast_dtype, load_device)
     config.custom_operations = operations
 
     compute_dtype = cast_dtype or unet_dtype

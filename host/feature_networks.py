@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
 from ..metrics.features import fitted_square
 from ..quant import QuantTuneError
+from .compat import device_context
 
 STARTER_UNIT = 7.5
 """Root mean square of the classifier's features over the starter's world, which they are divided
@@ -115,7 +115,7 @@ def _pooled(clip, caption: str, projected: bool) -> Tensor:
     model.set_clip_options({"projected_pooled": projected})
     clip.load_model(tokens)
     model.set_clip_options({"execution_device": device})
-    with comfy.model_management.cuda_device_context(device):
+    with device_context(device):
         pooled = model.encode_token_weights(tokens)[1]
     model.reset_clip_options()
     if pooled is None:

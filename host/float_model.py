@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..quant.checkpoint import is_finite
+from .compat import set_inference_dtype
 from .lora_keys import brief
 
 
@@ -38,7 +39,7 @@ def float_model(config, construct: Callable, state: dict[str, Tensor], where: st
             model_params=comfy.utils.calculate_parameters(state), supported_dtypes=supported,
             weight_dtype=comfy.utils.weight_dtype(state))
         cast = management.unet_manual_cast(dtype, load_device, supported)
-        config.set_inference_dtype(dtype, cast, device=load_device)
+        set_inference_dtype(config, dtype, cast, load_device)
         skeleton = construct("meta").diffusion_model
     except Exception as error:  # the host's classes meet what may be a hostile description
         raise unbuilt(where, error) from error

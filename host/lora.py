@@ -12,6 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter
 
 from ..quant import LowRank, QuantTuneError
+from .compat import is_weight_patch
 from .layout import is_packed
 from .ops import scaled_layers
 from .patches import note_patches
@@ -56,7 +57,7 @@ def hold_patches(patcher, dora: bool = False) -> None:
                              "train it on the model from before the LoRA, or set dora to false.")
     for name in packed:
         module = patcher.model.get_submodule(name)
-        if any(_is_patch(function) for function in module.weight_function):
+        if any(is_weight_patch(function) for function in module.weight_function):
             raise QuantTuneError(
                 f"This quantized MODEL carries a patch on '{name}' that is no plain LoRA (DoRA, "
                 "LoHa, a merge), which nothing can be trained on; train on the model from before "
@@ -64,10 +65,6 @@ def hold_patches(patcher, dora: bool = False) -> None:
     patcher.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
     patcher.patches, patcher.backup = {}, {}
-
-
-def _is_patch(function) -> bool:
-    return getattr(function, "is_lowvram_patch", False)
 
 
 class _Functions(list):
@@ -82,10 +79,10 @@ class _Functions(list):
         self.replaced = replaced
 
     def append(self, function):
-        if not _is_patch(function):
+        if not is_weight_patch(function):
             super().append(function)
         elif not self.replaced:
-            self[:] = [function, *(f for f in self if not _is_patch(f))]
+            self[:] = [function, *(f for f in self if not is_weight_patch(f))]
 
 
 def _unbake(patcher, device_to, *_):
@@ -104,7 +101,7 @@ def _unbake(patcher, device_to, *_):
         if getattr(module, "weight_lowvram_function", None) is not None:
             # Dynamic VRAM would write the patched weight back, rounded, over the integers.
             module.weight_lowvram_function = None
-        rest = [f for f in module.weight_function if not _is_patch(f)]
+        rest = [f for f in module.weight_function if not is_weight_patch(f)]
         patches = patcher.patches.get(key, [])
         # What wraps a weight wants to see it patched.
         terms = None if rest else _plain_loras(patches, original.shape)

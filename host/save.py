@@ -19,6 +19,7 @@ from ..quant import (
 from ..quant.int8 import Int8Weight
 from ..quant.safe_file import write_safetensors
 from .build import quantized_model
+from .compat import knows_stock_int8
 from .folders import output_path
 from .int8 import OPTION as MODE
 from .routing import OPTION as ROUTER
@@ -93,6 +94,9 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
         error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
         lines.append(f"{counts['again']} layers were not symmetric 8-bit and were rounded once "
                      f"more (error {100 * error:.2f} %).")
+    if not knows_stock_int8():
+        lines.append("This ComfyUI is too old to load such a file itself: it knows no "
+                     "'int8_tensorwise', which ComfyUI 0.27 does.")
     return path, "\n".join([*lines, *_left_out(patcher)])
 
 

@@ -13,6 +13,7 @@ import comfy.model_management
 import torch
 
 from ..quant.paging import give_back
+from .compat import device_context
 from .shared_norms import SharedNorms
 from .tiles import Tiling, tiling
 
@@ -68,7 +69,7 @@ def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
         comfy.model_management.throw_exception_if_processing_interrupted()
         return vae.first_stage_model.decode(source.to(vae.device, vae.vae_dtype))
 
-    with comfy.model_management.cuda_device_context(vae.device):
+    with device_context(vae.device):
         norms = SharedNorms(vae.first_stage_model)
         with norms.measured():
             for source in _thinned(latent, shape[2:]):

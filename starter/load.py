@@ -19,6 +19,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ..host.compat import set_inference_dtype
 from ..host.float_model import check_fits, check_numbers
 from ..quant.checkpoint import is_finite
 from ..quant.errors import QuantTuneError
@@ -129,7 +130,7 @@ def patcher_of(config, state: dict, model_options: dict, disable_dynamic: bool =
         weight_dtype=comfy.utils.weight_dtype(state),
     )
     cast = management.unet_manual_cast(dtype, load_device, supported)
-    config.set_inference_dtype(dtype, cast, device=load_device)
+    set_inference_dtype(config, dtype, cast, load_device)
     config.custom_operations = model_options.get("custom_operations")
     patchers = comfy.model_patcher
     make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
@@ -207,5 +208,10 @@ def load_vae(path: str):
     vae = comfy.sd.VAE(sd=state, metadata=metadata)
     check_names(path, names, vae.first_stage_model)
     vae.throw_exception_if_invalid()
-    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (path,))
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (path,))
     return vae
+
+
+def load_vae_patcher(path: str, disable_dynamic: bool = False):
+    """The picture autoencoder's patcher alone; the factory the host reloads it with."""
+    return load_vae(path).patcher
