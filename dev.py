@@ -8,6 +8,7 @@ Needs nothing but Python 3.10 to 3.13. Everything it makes is in `.dev/`, which 
     python dev.py serve                 open ComfyUI with the pack installed
     python dev.py workflow FILE         run a workflow without a window
     python dev.py bench NAME            run a benchmark
+    python dev.py pack                  build the archive for the ComfyUI registry in dist/
     python dev.py python SCRIPT …       run a script with `quanttune` and `comfy` importable
     python dev.py clean                 delete what was set up
 """
@@ -20,7 +21,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (this line is for the Pythons that
 import argparse
 from pathlib import Path
 
-from devtools import environment, jobs
+from devtools import archive, environment, jobs
 from devtools.console import Stop, end_on_sigterm, say
 
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", "run benchmarks/NAME.py; arguments after -- go to it")
     bench.add_argument("name")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    add("pack", "build the archive for the ComfyUI registry")
     add("python", "run a script in the managed environment")
     add("clean", "delete .dev/ and demo-output/")
     return parser
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.command == "clean":
         return jobs.clean()
+    if options.command == "pack":
+        return archive.build_command()
     env = environment.prepare(getattr(options, "comfyui", None), tests=options.command == "test")
     if options.command == "demo":
         return jobs.demo(env)
@@ -93,7 +97,7 @@ def main(arguments: list[str]) -> int:
     arguments, script = jobs.script_arguments(arguments)
     options, rest = parser.parse_known_args(arguments)
     rest = script or (rest[1:] if rest[:1] == ["--"] else rest)
-    if rest and options.command in ("demo", "workflow", "clean"):
+    if rest and options.command in ("demo", "workflow", "clean", "pack"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     end_on_sigterm()
     try:
