@@ -8,6 +8,7 @@ Needs nothing but Python 3.10 to 3.13. Everything it makes is in `.dev/`, which 
     python dev.py serve                 open ComfyUI with the pack installed
     python dev.py workflow FILE         run a workflow without a window
     python dev.py bench NAME            run a benchmark
+    python dev.py matrix                run the smoke tests on older ComfyUIs, Pythons and torches
     python dev.py pack                  build the archive for the ComfyUI registry in dist/
     python dev.py python SCRIPT …       run a script with `quanttune` and `comfy` importable
     python dev.py clean                 delete what was set up
@@ -21,7 +22,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (this line is for the Pythons that
 import argparse
 from pathlib import Path
 
-from devtools import archive, environment, jobs
+from devtools import archive, environment, jobs, matrix
 from devtools.console import Stop, end_on_sigterm, say
 
 
@@ -65,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", "run benchmarks/NAME.py; arguments after -- go to it")
     bench.add_argument("name")
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    cells = add("matrix", "run the smoke tests on several ComfyUIs, Pythons and torches")
+    cells.add_argument("--hosts", nargs="+", default=[], metavar="VERSION")
+    cells.add_argument("--pythons", nargs="+", default=[], metavar="3.X")
+    cells.add_argument("--torch", nargs="+", default=[], metavar="newest|oldest")
+    cells.add_argument("--keep", action="store_true", help="keep the environments that are made")
+    cells.add_argument("--again", action="store_true", help="also run what has passed before")
     add("pack", "build the archive for the ComfyUI registry")
     add("python", "run a script in the managed environment")
     add("clean", "delete .dev/ and demo-output/")
@@ -76,6 +83,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return jobs.clean()
     if options.command == "pack":
         return archive.build_command()
+    if options.command == "matrix":
+        cells = matrix.choose(options.hosts, options.pythons, options.torch)
+        return matrix.run(cells, keep=options.keep, again=options.again, arguments=rest)
     env = environment.prepare(getattr(options, "comfyui", None), tests=options.command == "test")
     if options.command == "demo":
         return jobs.demo(env)

@@ -121,7 +121,7 @@ def link_folder(link: Path, target: Path) -> None:
     marker.touch()
 
 
-def _uv(log: Path) -> list[str] | None:
+def installer(log: Path) -> list[str] | None:
     """The command that starts uv, installed into a small environment of its own when missing."""
     found = shutil.which("uv")
     if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
@@ -142,7 +142,7 @@ def _uv(log: Path) -> list[str] | None:
     return command
 
 
-def _index_variables() -> dict[str, str]:
+def index_variables() -> dict[str, str]:
     """Hand pip's configured index and certificate to uv, which does not read pip's settings.
 
     Only the main index: extra places may hold a torch built for another trio.
@@ -171,10 +171,15 @@ def _pip_setting(name: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _ensure_venv(venv: Path, log: Path) -> Path:
-    """Create the virtual environment, or again when an installation into it was cut."""
+def ensure_venv(venv: Path, log: Path, base: str = BASE_PYTHON, version: str = "") -> Path:
+    """Create the virtual environment, or again when an installation into it was cut.
+
+    Args:
+        base: the interpreter it is made from.
+        version: that interpreter's "3.x"; this one's when empty.
+    """
     python = venv_python(venv)
-    made_from = f"{sys.version_info[:2]} 1"
+    made_from = f"{version or sys.version_info[:2]} 1"
     stamp, cut = venv / "venv.json", venv / "installing"
     if _stamped(stamp, made_from) and python.exists() and not cut.exists():
         return python
@@ -182,12 +187,12 @@ def _ensure_venv(venv: Path, log: Path) -> Path:
         say("  the environment is incomplete or of another Python: making it anew")
         shutil.rmtree(venv, ignore_errors=True)
     venv.parent.mkdir(parents=True, exist_ok=True)
-    uv = _uv(log)
+    uv = installer(log)
     if uv:
-        command = [*uv, "venv", "--seed", "--python", BASE_PYTHON, str(venv)]
+        command = [*uv, "venv", "--seed", "--python", base, str(venv)]
     else:
-        command = [BASE_PYTHON, "-m", "venv", str(venv)]
-    env = clean_environment(_index_variables())
+        command = [base, "-m", "venv", str(venv)]
+    env = clean_environment(index_variables())
     run_logged(command, "creating the virtual environment", log, env=env)
     _stamp(stamp, made_from)
     return python
@@ -202,17 +207,19 @@ def _check_disk() -> None:
         )
 
 
-def _install(venv: Path, host: Path, python: Path, log: Path) -> None:
+def install(
+    venv: Path, host: Path, python: Path, log: Path, trio: Sequence[str] = TORCH_TRIO
+) -> None:
     """Install the host's, the pack's and the tests' requirements with a matching torch trio."""
     wanted = [host / "requirements.txt", ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
-    made_from = digest(*wanted, *TORCH_TRIO)
+    made_from = digest(*wanted, *trio)
     stamp = venv / "packages.json"
     if _stamped(stamp, made_from):
         return
     _check_disk()
-    constraints = DEV / "constraints.txt"
-    constraints.write_text("\n".join(TORCH_TRIO) + "\n", "utf-8")
-    uv = _uv(log)
+    constraints = venv / "constraints.txt"
+    constraints.write_text("\n".join(trio) + "\n", "utf-8")
+    uv = installer(log)
     command = (
         [*uv, "pip", "install", "--python", str(python)]
         if uv
@@ -226,7 +233,7 @@ def _install(venv: Path, host: Path, python: Path, log: Path) -> None:
 
     cut = venv / "installing"
     cut.touch()
-    env = clean_environment(_index_variables())
+    env = clean_environment(index_variables())
     label = "installing ComfyUI's and the pack's requirements"
     run_logged(command, label, log, env=env, detail=written)
     code = "import torch, torchvision, torchaudio, aiohttp, comfyui_frontend_package"
@@ -305,9 +312,9 @@ def _prepare(own: Path | None, tests: bool) -> Environment:
     else:
         tag = "" if own is None else "-" + digest(str(own))[:8]
         venv = DEV / f"venv{tag}"
-        python = _ensure_venv(venv, log)
+        python = ensure_venv(venv, log)
         host = own or host_source.ensure(DEV, python, log)
-        _install(venv, host, python, log)
+        install(venv, host, python, log)
         _write_pth(python, site)
     if ROOT.parent != host / "custom_nodes":
         link_folder(host / "custom_nodes" / PACK_NAME, ROOT)

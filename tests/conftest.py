@@ -39,8 +39,20 @@ FIRST = ("workflows", "host/test_lora_train.py", "nodes/test_train_scales.py", "
 """What takes longest, in `tests/`: with several processes, none then waits for the other's end."""
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m smoke`, import nothing but the files that hold smoke tests."""
+    if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
+        from quanttune.tests.harness.smoke import files
+
+        path = collection_path.relative_to(ROOT / "tests").as_posix()
+        return path not in files() and collection_path.name != "conftest.py" or None
+
+
 def pytest_collection_modifyitems(items):
-    """Begin with the longest files (processes take files in this order)."""
+    """Mark the smoke tests, and begin with the longest files (processes take files in order)."""
+    from quanttune.tests.harness.smoke import mark
+
+    mark(items)
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     assert not unstable, f"names that differ from process to process: {unstable[:3]}"
 

