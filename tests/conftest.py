@@ -41,11 +41,14 @@ FIRST = ("workflows", "host/test_lora_train.py", "nodes/test_train_scales.py", "
 
 def pytest_ignore_collect(collection_path, config):
     """With `-m smoke`, import nothing but the files that hold smoke tests."""
-    if config.option.markexpr == "smoke" and collection_path.suffix == ".py":
-        from quanttune.tests.harness.smoke import files
+    folder = ROOT / "tests"
+    if config.option.markexpr != "smoke" or not collection_path.is_relative_to(folder):
+        return None
+    if collection_path.suffix != ".py" or collection_path.name == "conftest.py":
+        return None
+    from quanttune.tests.harness.smoke import files
 
-        path = collection_path.relative_to(ROOT / "tests").as_posix()
-        return path not in files() and collection_path.name != "conftest.py" or None
+    return collection_path.relative_to(folder).as_posix() not in files() or None
 
 
 def pytest_collection_modifyitems(items):
