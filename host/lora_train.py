@@ -28,6 +28,7 @@ from .identity import identity_of
 from .lora import hold_patches
 from .lora_file import LoraWeights, export_lora, save_lora
 from .lora_start import Start, read_start
+from .loss_feed import LossFeed
 from .ops import scaled_layers
 from .quantize import PREFIX
 from .run import PictureWatcher, Validation, replaced, run_folder, stopped
@@ -56,6 +57,7 @@ class LoraOutcome:
         loss_picture: chart of the loss.
         grid: validation pictures so far, a row a prompt, or None.
         report: in words.
+        losses: what the node's chart shows, see `LossFeed`.
     """
 
     lora: LoraWeights
@@ -63,6 +65,7 @@ class LoraOutcome:
     loss_picture: Image.Image
     grid: Image.Image | None
     report: str
+    losses: dict
 
 
 @dataclass
@@ -211,7 +214,7 @@ def train_lora(
         report = _report(result, learner, config, name, anew)
     steps, losses = zip(*[(r.step, r.loss) for r in result.history]) if result.history else ((), ())
     return LoraOutcome(lora, result, loss_chart(steps, losses, title=f"{config.mode}: {name}"),
-                       watcher.grid(), report)
+                       watcher.grid(), report, watcher.feed.end())
 
 
 def key_of(start: Mapping[str, torch.Tensor] | None) -> str:
@@ -248,8 +251,9 @@ class LoraWatcher(PictureWatcher):
         learner: whose adapters they are; others as in `PictureWatcher`.
     """
 
-    def __init__(self, steps, node_id, every, validation, folder, model, copy, learner: Pupil):
-        super().__init__(steps, node_id, every, validation, folder, model, copy)
+    def __init__(self, steps, node_id, every, validation, folder, model, copy, feed,
+                 learner: Pupil):
+        super().__init__(steps, node_id, every, validation, folder, model, copy, feed)
         self.learner = learner
 
     def look(self, trainer) -> None:
@@ -268,7 +272,8 @@ def lora_watcher(learner: Pupil, config: LoraTraining, validation: Validation | 
     if validation and learner.reader is not None:
         validation = replace(validation, clip=learner.reader.clip)
     return LoraWatcher(config.steps, node_id, config.preview_every, validation, folder,
-                       lambda _: copy, copy, learner)
+                       lambda _: copy, copy, LossFeed(node_id, folder.name, config.steps),
+                       learner)
 
 
 def _report(result: LoraResult, learner: Pupil, config: LoraTraining, name: str,

@@ -22,6 +22,7 @@ from .explain import explained
 from .identity import identity_of
 from .int8 import OPTION, backend_for, geometry
 from .layout import is_uniform, unwrap
+from .loss_feed import LossFeed
 from .observe import ForwardRecord
 from .ops import scaled_layers
 from .quantize import model_over, originals, paged_weights
@@ -44,12 +45,14 @@ class QatOutcome:
         loss_picture: chart of the loss.
         report: in words.
         finished: False if it was stopped.
+        losses: what the node's chart shows, see `LossFeed`.
     """
 
     model: object
     loss_picture: Image.Image
     report: str
     finished: bool
+    losses: dict
 
 
 class HostStudent:
@@ -182,7 +185,9 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
         student.prove()
         with replaced(name, anew):
             trainer = QatTrainer(student, config, folder)
-        message = trainer.run(Watcher(config.steps, node_id))
+        watcher = Watcher(config.steps, node_id, LossFeed(node_id, name, config.steps))
+        watcher.start(trainer)
+        message = trainer.run(watcher)
         learnt = {n: layer.export() for n, layer in student.layers.items()}
     result = _exported(patcher, learnt)
     after = _error_of(record, result, held_out)
@@ -202,7 +207,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
     if message:
         lines.append(message)
     return QatOutcome(result, loss_chart(steps, losses, title=f"QAT: {name}"), "\n".join(lines),
-                      trainer.finished)
+                      trainer.finished, watcher.feed.end())
 
 
 def _mode_of(patcher):

@@ -15,6 +15,7 @@ from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits
 from ..quant.int8 import bucket_of
 from . import int8
 from .around import joined_inputs, layers_around, put_around, set_scales, weight_shape
+from .expert_feed import ExpertFeed
 from .ops import _ScaledOp, scaled_layers
 from .patches import loaded_patches
 
@@ -34,15 +35,15 @@ class ScaleRouter:
     """
 
     def __init__(self, model, shapes: dict[str, tuple[int, int]],
-                 entries: list[tuple[ScaleSet, float]]):
-        self.model, self.entries = model, entries
+                 entries: list[tuple[ScaleSet, float]], feed: ExpertFeed | None = None):
+        self.model, self.entries, self.feed = model, entries, feed or ExpertFeed()
         self.bank = bank_for(model.diffusion_model, shapes, entries)
 
     def on(self, model) -> ScaleRouter:
         """The same scales for another of the host's models, which took over this one's MODEL."""
         accept_scales(model.diffusion_model)
         shapes = shapes_for(model.diffusion_model, [s for s, _ in self.entries])
-        return ScaleRouter(model, shapes, self.entries)
+        return ScaleRouter(model, shapes, self.entries, self.feed)
 
     @cached_property
     def digest(self) -> str:
@@ -95,6 +96,8 @@ def route_forwards(diffusion_model: torch.nn.Module) -> None:
             buckets = buckets_of(timesteps, mode.model.model_sampling, mode.ranges.num_buckets)
         int8.prepare(module, _layers_of(module), mode, device, buckets)
         apply_scales(module, None if router is None else router.resolve(timesteps))
+        if feed := getattr(router, "feed", None):
+            feed.seen(_one_each(timesteps), options, router.model.model_sampling, timestep_units)
 
     diffusion_model.register_forward_pre_hook(route, with_kwargs=True)
 
@@ -240,11 +243,13 @@ def timestep_units(model_sampling):
     return lambda t: t, 1
 
 
-def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "scale set"):
+def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "scale set",
+                    node_id: str | None = None):
     """A clone of ``patcher`` routed through ``scale_set``; chained calls blend.
 
     Any MODEL does whose layers are Linear and Conv2d of any class: on the same weights the result
-    is that of the quantized base, on weights of another precision close to it.
+    is that of the quantized base, on weights of another precision close to it. The node ``node_id``
+    is shown where in the denoising process a sampler is.
 
     Returns ``(clone, warnings)``. Raises QuantTuneError when the model has no such layer, the
     shapes differ or the strength is not finite.
@@ -265,7 +270,9 @@ def apply_scale_set(patcher, scale_set: ScaleSet, strength: float, name: str = "
             "model it was trained on.")
     warnings = _check_fit(shapes, scale_set, patcher, name)
     accept_scales(model.diffusion_model)
-    options[OPTION] = ScaleRouter(model, shapes, entries)
+    shown = options[OPTION].feed.nodes if OPTION in options else ()
+    feed = ExpertFeed(shown if node_id is None else (*shown, node_id))
+    options[OPTION] = ScaleRouter(model, shapes, entries, feed)
     if not earlier:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, OPTION, _also_when_rebuilt, options)
     for warning in warnings:

@@ -23,6 +23,7 @@ from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
 from .folders import RESERVED, is_inside
+from .loss_feed import LossFeed
 from .picture_file import LARGEST, UNREADABLE, write_png
 from .pictures import SamplingSettings, sample_pictures
 
@@ -116,14 +117,25 @@ def tell(progress: Progress, node_id: str | None) -> None:
 
 
 class Watcher:
-    """A trainer's callback: bar, text, and the host's Stop."""
+    """A trainer's callback: bar, text, chart, and the host's Stop.
 
-    def __init__(self, steps: int, node_id: str | None):
-        self.node_id, self.told = node_id, 0.0
+    Args:
+        steps: of the whole training.
+        node_id: of the node that shows them, or None.
+        feed: what the node's chart is told.
+    """
+
+    def __init__(self, steps: int, node_id: str | None, feed: LossFeed):
+        self.node_id, self.feed, self.told = node_id, feed, 0.0
         self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+
+    def start(self, trainer) -> None:
+        """Before the first step."""
+        self.feed.begin(trainer)
 
     def __call__(self, progress: Progress) -> bool:
         """Told after each step; True asks the trainer to stop."""
+        self.feed.add(progress)
         try:
             preview = self.preview(progress)
             now = time.monotonic()
@@ -145,7 +157,7 @@ class PictureWatcher(Watcher):
     """A `Watcher` that also samples validation pictures every so many steps.
 
     Args:
-        steps, node_id: as in `Watcher`.
+        steps, node_id, feed: as in `Watcher`.
         every: steps between two rounds; 0 for none.
         validation: what to sample, or None for nothing.
         folder: of the run; the pictures are kept below it.
@@ -154,15 +166,17 @@ class PictureWatcher(Watcher):
     """
 
     def __init__(self, steps: int, node_id: str | None, every: int,
-                 validation: Validation | None, folder: Path, model: Callable, copy):
-        super().__init__(steps, node_id)
+                 validation: Validation | None, folder: Path, model: Callable, copy,
+                 feed: LossFeed):
+        super().__init__(steps, node_id, feed)
         self.every, self.validation, self.folder = every, validation, folder
         self.model, self.copy = model, copy
         self.columns: dict[int, list[np.ndarray]] = {}
         self.last = -1
 
     def start(self, trainer) -> None:
-        """Before the first step: what was looked at in the run so far."""
+        """See `Watcher.start`; also what was looked at in the run so far."""
+        super().start(trainer)
         for path in sorted((self.folder / "previews").glob("step-*.png")):
             step = int(path.stem.split("-")[1])
             if step <= trainer.step and self.validation:

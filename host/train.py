@@ -16,6 +16,7 @@ from ..training.config import ScaleTraining
 from ..training.data import EmptyCaptions, TrainingSet
 from ..training.trainer import ScaleTrainer, TrainingResult
 from .build import quantized_model
+from .loss_feed import LossFeed
 from .routing import apply_scale_set
 from .run import PictureWatcher, Validation, replaced, run_folder, stopped
 from .training import HostDenoiser, training_copy
@@ -30,12 +31,14 @@ class Outcome:
         loss_picture: chart of the loss.
         grid: validation pictures so far, a row a prompt, or None.
         report: in words.
+        losses: what the node's chart shows, see `LossFeed`.
     """
 
     result: TrainingResult
     loss_picture: Image.Image
     grid: Image.Image | None
     report: str
+    losses: dict
 
 
 def train(
@@ -74,7 +77,7 @@ def train(
     steps, losses = zip(*[(r.step, r.loss) for r in result.history]) if result.history else ((), ())
     title = f"{config.mode}: {name}"
     return Outcome(result, loss_chart(steps, losses, title=title), watcher.grid(),
-                   _report(result, config, name, anew))
+                   _report(result, config, name, anew), watcher.feed.end())
 
 
 def scale_watcher(denoiser: HostDenoiser, config: ScaleTraining, validation: Validation | None,
@@ -84,8 +87,10 @@ def scale_watcher(denoiser: HostDenoiser, config: ScaleTraining, validation: Val
         return apply_scale_set(denoiser.patcher, trainer.scale_set(), 1.0,
                                "the scales in training")[0]
 
+    feed = LossFeed(node_id, folder.name, config.steps, config.num_experts,
+                    denoiser.num_timesteps)
     return PictureWatcher(config.steps, node_id, config.preview_every, validation, folder, scaled,
-                          denoiser.patcher)
+                          denoiser.patcher, feed)
 
 
 def _report(result: TrainingResult, config: ScaleTraining, name: str, anew: bool) -> str:

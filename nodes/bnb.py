@@ -1,9 +1,10 @@
 """bitsandbytes Quantize."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.bnb import KINDS
 from ..host.bnb_quantize import quantize_bnb
+from .shown import shown_model
 
 
 class BitsandbytesQuantize(io.ComfyNode):
@@ -42,4 +43,4 @@ class BitsandbytesQuantize(io.ComfyNode):
     @classmethod
     def execute(cls, model, kind, keep_float) -> io.NodeOutput:
         quantized, report = quantize_bnb(model, kind, keep_float)
-        return io.NodeOutput(quantized, str(report), ui=ui.PreviewText(str(report)))
+        return io.NodeOutput(quantized, str(report), ui=shown_model(quantized, str(report)))

@@ -1,12 +1,13 @@
 """Calibrate INT8."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.calibrate import ROUNDINGS, Calibration, calibrate
 from ..host.dynamic_int8 import LAYERS, PRECISIONS
 from ..host.samples import conditioning_of
 from ..quant.int8 import RangeEstimator
 from .sampler_inputs import sampler_inputs
+from .shown import shown_model
 
 
 class CalibrateInt8(io.ComfyNode):
@@ -98,4 +99,4 @@ class CalibrateInt8(io.ComfyNode):
             cfg=cfg, sampler=sampler_name, scheduler=scheduler, seed=seed)
         positive, negative = conditioning_of(clip, prompts, positive, negative)
         fast, report = calibrate(model, latent, positive, negative, how)
-        return io.NodeOutput(fast, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(fast, report, ui=shown_model(fast, report))

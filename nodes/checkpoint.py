@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..host import folders
 from ..host.dynamic_int8 import load_ready
 from ..host.save import save_for_stock, save_model
+from .shown import shown_model
 
 
 class LoadQuantizedUNet(io.ComfyNode):
@@ -45,7 +46,8 @@ class LoadQuantizedUNet(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name, bits="auto") -> io.NodeOutput:
         declared = None if bits == "auto" else int(bits)
-        return io.NodeOutput(load_ready(folders.unet_path(unet_name), unet_name, declared))
+        model = load_ready(folders.unet_path(unet_name), unet_name, declared)
+        return io.NodeOutput(model, ui=shown_model(model))
 
 
 class SaveQuantizedUNet(io.ComfyNode):

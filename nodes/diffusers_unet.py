@@ -6,6 +6,7 @@ from ..host.load_unet import load_unet
 from ..host.precision import PRECISIONS
 from ..host.unet_files import find_unet_source, unet_names, unet_state
 from ..quant import QuantTuneError
+from .shown import shown_model
 
 
 class LoadDiffusersUNet(io.ComfyNode):
@@ -55,4 +56,5 @@ class LoadDiffusersUNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet, precision) -> io.NodeOutput:
-        return io.NodeOutput(load_unet(unet, precision))
+        model = load_unet(unet, precision)
+        return io.NodeOutput(model, ui=shown_model(model))

@@ -1,8 +1,9 @@
 """Dynamic INT8."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.dynamic_int8 import GRANULARITIES, LAYERS, PRECISIONS, RANGES, dynamic_int8
+from .shown import shown_model
 from .types import BIT_PLAN
 
 
@@ -61,4 +62,4 @@ class DynamicInt8(io.ComfyNode):
                 ranges=RANGES[0], plan=None) -> io.NodeOutput:
         fast, note = dynamic_int8(model, layers, precision, granularity, fast_attention, ranges,
                                   plan=plan)
-        return io.NodeOutput(fast, note, ui=ui.PreviewText(note))
+        return io.NodeOutput(fast, note, ui=shown_model(fast, note))

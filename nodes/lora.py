@@ -8,6 +8,7 @@ from ..host.lora_export import FORMATS, KOHYA, save_in_format
 from ..host.lora_file import DTYPES, read_lora
 from ..host.merge_lora import merge_lora, notes
 from ..quant import SUPPORTED_BITS, QuantTuneError
+from .shown import shown_model
 from .types import LORA_MODEL
 
 CONNECTED = "(connected LoRA)"
@@ -163,4 +164,4 @@ class MergeLora(io.ComfyNode):
     def execute(cls, model, bits, range) -> io.NodeOutput:
         merged, report = merge_lora(model, 0 if bits == AS_IT_IS else int(bits), range)
         text = "\n".join([str(report), *notes(model)])
-        return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(merged, text, ui=shown_model(merged, text))

@@ -1,9 +1,10 @@
 """Quantize UNet."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.quantize import quantize_model
 from ..quant import QUANTIZE_PRESETS, QuantSpec, QuantTuneError
+from .shown import shown_model
 from .types import BIT_PLAN
 
 PATTERN = "pattern"
@@ -70,4 +71,4 @@ class QuantizeUNet(io.ComfyNode):
                 "'*attn2*', or set keep_float to 'none'.")
         quantized, report = quantize_model(model, spec, keep, split_shortcuts=split_shortcuts,
                                           plan=plan)
-        return io.NodeOutput(quantized, str(report), ui=ui.PreviewText(str(report)))
+        return io.NodeOutput(quantized, str(report), ui=shown_model(quantized, str(report)))

@@ -46,6 +46,7 @@ class ApplyScales(io.ComfyNode):
             outputs=[io.Model.Output("routed", display_name="MODEL",
                                      tooltip="The model with the scales; the input model stays "
                                              "as it was and shares its weights.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -61,10 +62,13 @@ class ApplyScales(io.ComfyNode):
         elif scales is None:
             raise QuantTuneError("No scales are connected; choose a file in scale_name or connect "
                                  "'Load TuneQDM Scales'.")
-        routed, warnings = apply_scale_set(model, scales, strength, scale_name)
+        routed, warnings = apply_scale_set(model, scales, strength, scale_name,
+                                           cls.hidden.unique_id)
         text = "\n".join([f"{scales.num_experts} experts, {scales.num_parameters:,} scales",
                           *warnings])
-        return io.NodeOutput(routed, ui=ui.PreviewText(text))
+        experts = {"experts": scales.num_experts, "timesteps": scales.num_timesteps}
+        return io.NodeOutput(routed, ui={**ui.PreviewText(text).as_dict(),
+                                         "quanttune_experts": [experts]})
 
 
 class LoadScales(io.ComfyNode):

@@ -9,7 +9,8 @@ from ..host.run import run_state
 from ..host.samples import conditioning_of
 from ..training.qat import WEIGHTINGS, QatTraining
 from .sampler_inputs import prompt_inputs, sampler_inputs
-from .training_inputs import ANEW, CONTINUE
+from .shown import shown_model
+from .training_inputs import ANEW, CONTINUE, LOSSES
 
 
 class TrainQat(io.ComfyNode):
@@ -116,4 +117,5 @@ class TrainQat(io.ComfyNode):
         chart = as_image(outcome.loss_picture)
         return io.NodeOutput(outcome.model, chart, outcome.report,
                              ui={**ui.PreviewImage(chart, cls=cls).as_dict(),
-                                 **ui.PreviewText(outcome.report).as_dict()})
+                                 **shown_model(outcome.model, outcome.report),
+                                 LOSSES: [outcome.losses]})

@@ -10,6 +10,8 @@ from ..quant import QuantTuneError
 from .training_images import Images
 
 CONTINUE, ANEW = "continue", "start anew"
+LOSSES = "quanttune_losses"
+"""Key in a node's ui output of what its chart shows."""
 
 
 def examples() -> list:
@@ -136,7 +138,7 @@ def shown(cls, learnt, outcome, run_name: str) -> io.NodeOutput:
     return io.NodeOutput(
         learnt, grid, chart, str(run_folder(run_name) / "loss.csv"), outcome.report,
         ui={**ui.PreviewImage(grid, cls=cls).as_dict(),
-            **ui.PreviewText(outcome.report).as_dict()})
+            **ui.PreviewText(outcome.report).as_dict(), LOSSES: [outcome.losses]})
 
 
 def validation_of(prompts: str, size: int, steps: int, cfg: float, seed: int, clip,

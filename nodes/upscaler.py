@@ -6,6 +6,7 @@ from ..host.load_upscaler import load_upscaler
 from ..host.precision import PRECISIONS
 from ..host.upscaler_files import SHIPPED, find_upscaler, upscaler_names, upscaler_state
 from ..quant import QuantTuneError
+from .shown import shown_model
 
 
 class LoadUpscaler(io.ComfyNode):
@@ -59,4 +60,5 @@ class LoadUpscaler(io.ComfyNode):
 
     @classmethod
     def execute(cls, upscaler, precision) -> io.NodeOutput:
-        return io.NodeOutput(*load_upscaler(upscaler, precision))
+        model, clip, vae = load_upscaler(upscaler, precision)
+        return io.NodeOutput(model, clip, vae, ui=shown_model(model))

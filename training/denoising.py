@@ -72,6 +72,10 @@ class DenoisingTrainer(TrainingLoop):
         trackers: of `history.TRACKERS`.
         accelerator: an `accelerate.Accelerator`, or None to make one for this process.
 
+    Attributes:
+        by_expert: expert to the loss of this process's examples in its interval, in the last step;
+            weighted as the loss of the step is, and equal to it where a step has one expert.
+
     Raises:
         QuantTuneError: no examples, or no empty caption where one is needed.
     """
@@ -88,7 +92,7 @@ class DenoisingTrainer(TrainingLoop):
         super().__init__(folder, config.steps, config.save_every, trackers, accelerator,
                          denoiser.device.type == "cpu")
         self.denoiser, self.data, self.config, self.empty = denoiser, data, config, empty
-        self.rate = rate_factor(config)
+        self.rate, self.by_expert = rate_factor(config), {}
         self.timesteps = TimestepSampler(
             num_experts, denoiser.num_timesteps, config.timestep_range, config.stratified,
             config.seed, edges_of(denoiser.routed, num_experts, denoiser.num_timesteps))
@@ -111,17 +115,29 @@ class DenoisingTrainer(TrainingLoop):
     def accumulate(self, timesteps: Tensor) -> Tensor:
         """Gradients of all examples of this step; returns the loss, float64, a single number."""
         config, total = self.config, torch.zeros((), dtype=torch.float64)
-        count = config.gradient_accumulation
+        count, self.by_expert = config.gradient_accumulation, {}
         for part, order in enumerate(self.orders):
             weight = 1.0 if part == 0 else config.prior_weight
+            seen: dict[int, list[float]] = {}
             for piece in range(count):
-                loss = self._loss(order, part, piece, timesteps)
+                losses, experts = self._losses(order, part, piece, timesteps)
+                loss = losses.mean()
                 self.accelerator.backward(loss * (weight / count))
                 total += float(loss.detach()) * weight / count
+                for expert, value in zip(experts, losses.detach().tolist()):
+                    seen.setdefault(expert, []).append(value)
+            for expert, values in seen.items():
+                mean = weight * sum(values) / len(values)
+                self.by_expert[expert] = self.by_expert.get(expert, 0.0) + mean
         return total
 
-    def _loss(self, order: ExampleOrder, part: int, piece: int, timesteps: Tensor) -> Tensor:
-        """Mean loss of this process's examples in piece ``piece`` of the step."""
+    def experts_of(self, timesteps: Tensor) -> list[int]:
+        """The expert of each timestep; all of one by default."""
+        return [0] * len(timesteps)
+
+    def _losses(self, order: ExampleOrder, part: int, piece: int,
+                timesteps: Tensor) -> tuple[Tensor, list[int]]:
+        """Losses ``[B]`` of this process's examples in piece ``piece``, and their experts."""
         config, number = self.config, self.step * self.config.gradient_accumulation + piece
         indices, size = order.batch(number), order.batch_size
         clean, conditions = self.data.batch(indices)
@@ -146,7 +162,7 @@ class DenoisingTrainer(TrainingLoop):
                                          config.checkpointing)
         weight = loss_weight(self.denoiser.kind, sigma, config.min_snr_gamma,
                              self.denoiser.sigma_data)
-        return denoising_loss(clean, denoised, weight).mean()
+        return denoising_loss(clean, denoised, weight), self.experts_of(timesteps)
 
     def conditions(self, indices: Sequence[int], drop: Tensor, clean: Tensor,
                    encoded: dict[str, Tensor]) -> dict[str, Tensor]:

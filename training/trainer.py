@@ -40,7 +40,12 @@ class TrainingResult:
 
 
 class ScaleTrainer(DenoisingTrainer):
-    """One training run in one folder."""
+    """One training run in one folder.
+
+    Attributes:
+        mixed: of the steps that are no single expert's (``StepRecord.expert`` is -1), by their
+            number: what `DenoisingTrainer.by_expert` was.
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class ScaleTrainer(DenoisingTrainer):
             [e] for e in range(config.num_experts)]
         self.optimizers = [build_optimizer(config, self._rated(g)) for g in groups]
         self.average = [t if t is None else t.clone() for t in self.scales.flat()]
+        self.mixed: dict[int, dict[int, float]] = {}
         self.restore()
 
     def _rated(self, experts) -> list[tuple[list, float]]:
@@ -133,7 +139,7 @@ class ScaleTrainer(DenoisingTrainer):
         timesteps = self.draw(shared)
         total = self.accumulate(timesteps)
         # Another process may have met an expert that this one has not.
-        present = {0} if shared else set(self._experts(timesteps))
+        present = {0} if shared else set(self.experts_of(timesteps))
         parameters = [p for e in sorted(present) for group in self._of([e]) for p in group]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -150,15 +156,17 @@ class ScaleTrainer(DenoisingTrainer):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.optimizers[0].step()
         self.step += 1
+        if expert < 0 and config.num_experts > 1:
+            self.mixed[self.step] = self.by_expert
         self._update_average()
         return StepRecord(self.step, total, self.optimizers[0].param_groups[0]["lr"], expert, norm)
 
     def scales_at(self, timesteps: Tensor) -> Mapping[str, LayerScales]:
         """See `DenoisingTrainer.scales_at`."""
         return self.scales.select([0] * len(timesteps) if self.shared
-                                  else self._experts(timesteps))
+                                  else self.experts_of(timesteps))
 
-    def _experts(self, timesteps: Tensor) -> list[int]:
+    def experts_of(self, timesteps: Tensor) -> list[int]:
         """The expert of each timestep (eq. 6)."""
         count = self.config.num_experts
         share = self.denoiser.routed(timesteps).double().cpu() * count
@@ -200,6 +208,8 @@ class ScaleTrainer(DenoisingTrainer):
             "scales": [p.detach().cpu().clone() for p in self.scales.parameters()],
             "optimizers": [o.state_dict() for o in self.optimizers],
             "average": [t if t is None else t.cpu() for t in self.average],
+            "mixed": [(step, *of) for step, losses in self.mixed.items()
+                      for of in losses.items()],
         }
 
     def load(self, state: dict) -> None:
@@ -212,4 +222,7 @@ class ScaleTrainer(DenoisingTrainer):
         for optimizer, value in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(value)
         self.average = [t if t is None else t.to(self.denoiser.device) for t in state["average"]]
+        # States of earlier versions have none.
+        for step, expert, loss in state.get("mixed", []):
+            self.mixed.setdefault(int(step), {})[int(expert)] = float(loss)
 

@@ -128,7 +128,7 @@ def test_accumulated_batches_count_as_one_step(tmp_path):
                   shared_share=0.0, max_grad_norm=0.0)
     record = run.one_step()
     assert [rows for rows, _ in denoiser.seen] == [1, 1, 1, 1]
-    parts = [float(run._loss(run.orders[0], 0, i, run.timesteps.timesteps(1, 4)))
+    parts = [float(run._losses(run.orders[0], 0, i, run.timesteps.timesteps(1, 4))[0].mean())
              for i in range(4)]
     record = run.one_step()
     assert record.loss == pytest.approx(sum(parts) / 4, rel=1e-6)

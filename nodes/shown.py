@@ -1,0 +1,13 @@
+"""What nodes show of a MODEL that they made."""
+
+from comfy_api.latest import ui
+
+from ..host.badge import badge_of
+
+BADGE = "quanttune_badge"
+"""Key in a node's ui output of the text of its badge."""
+
+
+def shown_model(model, text: str = "") -> dict:
+    """A node's ui output: a badge with the bits and the size of ``model``, and ``text`` if any."""
+    return {**(ui.PreviewText(text).as_dict() if text else {}), BADGE: [badge_of(model)]}

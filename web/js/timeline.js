@@ -1,0 +1,77 @@
+/** Which expert acts in which step of a sampling. */
+
+import { drawBand, expertAt, numbersOf, placeOf } from "./band.js";
+import { THEME, colourOf } from "./colours.js";
+import { Drawing, label, shape } from "./drawing.js";
+
+const EDGE = 8;
+
+/** The panel of *Apply TuneQDM Scales*: intervals, a tick a step, a mark at the present one. */
+export class ExpertTimeline extends Drawing {
+  constructor() {
+    super("timeline", 50);
+    this.show({});
+  }
+
+  /**
+   * @param state `{experts, timesteps, steps, at}`: N and T; shares of T of the last sampling's
+   *   steps; that of the present step. All may be missing.
+   */
+  show(state) {
+    this.state = state;
+    this.changed();
+  }
+
+  draw(svg, width, height) {
+    const { experts, timesteps = 1000, steps = [], at = null } = this.state;
+    if (!experts) {
+      label(svg, width / 2, height / 2 + 3.5, "The experts are shown after the first run", {
+        "text-anchor": "middle",
+      });
+      return;
+    }
+    const inner = width - 2 * EDGE;
+    const active = at === null ? null : expertAt(at, experts);
+    const box = { left: EDGE, top: 6, width: inner, height: Math.max(14, height - 34) };
+    const texts = [numbersOf(experts, "expert "), numbersOf(experts)];
+    drawBand(svg, box, experts, timesteps, texts, active);
+    const under = box.top + box.height + 2;
+    steps.forEach((share, index) => {
+      const x = placeOf(share, EDGE, inner);
+      shape("line", {
+        x1: x, x2: x, y1: under, y2: under + 6, "stroke-width": 1.5, "data-step": index + 1,
+        stroke: colourOf(expertAt(share, experts), experts), "stroke-linecap": "round",
+      }, svg);
+    });
+    if (at !== null) {
+      const x = placeOf(at, EDGE, inner);
+      shape("path", {
+        d: `M${x} ${under - 1} l4 7 h-8 z`, fill: THEME.text, class: "quanttune-now",
+      }, svg);
+      shape("line", {
+        x1: x, x2: x, y1: box.top, y2: under, stroke: THEME.text, "stroke-width": 1.5,
+      }, svg);
+    }
+    const base = height - 7;
+    label(svg, EDGE, base, "noise");
+    label(svg, width - EDGE, base, "image", { "text-anchor": "end" });
+    const text = caption(experts, steps, at, active);
+    label(svg, width / 2, base, text, { "text-anchor": "middle", fill: THEME.text });
+    this.svg.setAttribute("aria-label", `Expert timeline: ${text}`);
+  }
+}
+
+/** Below the band: how far the sampling is, or how its steps are shared out. */
+function caption(experts, steps, at, active) {
+  if (at !== null) {
+    const distances = steps.map((share) => Math.abs(share - at));
+    const step = distances.indexOf(Math.min(...distances)) + 1;
+    return (step ? `step ${step} of ${steps.length} · ` : "") + `expert ${active + 1}`;
+  }
+  if (!steps.length) return experts === 1 ? "one expert for all steps" : `${experts} experts`;
+  if (experts === 1) return `${steps.length} steps`;
+  const counts = Array(experts).fill(0);
+  for (const share of steps) counts[expertAt(share, experts)]++;
+  const shared = experts <= 6 ? `: ${counts.reverse().join(" + ")}` : "";
+  return `${steps.length} steps${shared}`;
+}
