@@ -100,7 +100,7 @@ function frame(svg, box, axis, end, x, y) {
   for (const loss of axis.ticks) {
     const at = y(loss);
     shape("line", { x1: left, x2: left + width, y1: at, y2: at, stroke: THEME.line,
-      "stroke-width": 0.6 }, svg);
+      "stroke-width": 1, opacity: 0.5 }, svg);
     label(svg, left - 5, at + 3.5, numberText(loss), { "text-anchor": "end" });
   }
   shape("path", { d: `M${left} ${top} v${height} h${width}`, fill: "none", stroke: THEME.faint,
@@ -121,7 +121,7 @@ function drawPoints(parent, points, expert, count, x, y) {
   if (!points.length) return;
   const d = points.map(([step, loss]) => `M${x(step).toFixed(1)} ${y(loss).toFixed(1)}h0`);
   shape("path", { d: d.join(""), stroke: colourOf(expert, count), "stroke-width": 2.6,
-    "stroke-linecap": "round", opacity: 0.3, class: "quanttune-points",
+    "stroke-linecap": "round", opacity: 0.4, class: "quanttune-points",
     "data-expert": expert + 1 }, parent);
 }
 

@@ -36,5 +36,5 @@ export const THEME = {
   text: "var(--fg-color, #dddddd)",
   faint: "var(--descrip-text, #999999)",
   line: "var(--border-color, #4e4e4e)",
-  ground: "var(--comfy-input-bg, #222222)",
+  ground: "var(--comfy-menu-secondary-bg, var(--comfy-menu-bg, #303030))",
 };
