@@ -4,7 +4,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { showBadge } from "./badge.js";
 import { LossChart } from "./chart.js";
-import { Memory } from "./memory.js";
+import { Memory, cleanExperts } from "./memory.js";
 import { ExpertTimeline } from "./timeline.js";
 
 const CHARTS = { QuantTuneTrainScales: true, QuantTuneLoraTrain: false, QuantTuneTrainQat: false };
@@ -18,6 +18,12 @@ const panels = new WeakMap();
 
 function graph() {
   return app.rootGraph ?? app.graph;
+}
+
+/** Which graph is on screen; "" for one that has no id yet. */
+function graphId() {
+  const id = graph()?.id ?? "";
+  return /^[0-]*$/.test(id) ? "" : id;
 }
 
 /** The node of an id of the server: "5", or "5:3" for node 3 within the subgraph node 5. */
@@ -46,7 +52,7 @@ function addPanel(node, name, panel) {
 /** Draw what is known of a node. */
 function draw(id) {
   const node = nodeOf(id);
-  const known = memory.of(graph()?.id, id);
+  const known = memory.of(graphId(), id);
   if (!node || !known) return;
   const panel = panels.get(node);
   if (panel instanceof LossChart && known.losses) panel.show(known.losses);
@@ -65,7 +71,7 @@ async function readFile(node) {
   fileOf.set(node, told);
   if (typeof name === "string" && name !== CONNECTED) {
     const answer = await api.fetchApi(`/quanttune/experts?name=${encodeURIComponent(name)}`);
-    if (answer.ok) Object.assign(told, await answer.json());
+    if (answer.ok) Object.assign(told, cleanExperts(await answer.json()));
   }
   if (fileOf.get(node) === told) panel.show({ ...panel.state, ...told });
 }
@@ -86,23 +92,23 @@ function listen(event, act) {
 
 /** The sampler that timelines follow is done. */
 function sampled(except) {
-  for (const id of memory.sampled(graph()?.id, except)) draw(id);
+  for (const id of memory.sampled(graphId(), except)) draw(id);
 }
 
 app.registerExtension({
   name: "QuantTune",
 
   setup() {
-    listen("execution_start", (told) => memory.placed(told?.prompt_id, graph()?.id));
+    listen("execution_start", (told) => memory.placed(told?.prompt_id, graphId()));
     listen("quanttune.losses", (told) => {
-      if (memory.losses(told, graph()?.id)) draw(told.node);
+      if (memory.losses(told, graphId())) draw(told.node);
     });
     listen("quanttune.experts", (told) => {
-      for (const id of memory.experts(told, graph()?.id)) draw(id);
+      for (const id of memory.experts(told, graphId())) draw(id);
     });
     listen("executed", (told) => {
       const id = told?.display_node ?? told?.node;
-      if (memory.executed(id, told, graph()?.id)) draw(id);
+      if (memory.executed(id, told, graphId())) draw(id);
     });
     listen("executing", (node) => sampled(typeof node === "object" ? node?.node : node));
     for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
@@ -132,7 +138,8 @@ app.registerExtension({
   afterConfigureGraph() {
     // Another tab's graph, or this one opened again: its nodes are new, what they showed is known.
     safely(() => {
-      for (const id of memory.ids(graph()?.id)) draw(id);
+      if (!graphId()) memory.forget("");
+      for (const id of memory.ids(graphId())) draw(id);
     });
   },
 

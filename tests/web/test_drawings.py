@@ -1,0 +1,350 @@
+"""What the pack draws on its nodes, in the real frontend: from a run, and from messages."""
+
+import csv
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quanttune.devtools.frontend import open_page
+from quanttune.tests.harness.browser import ARTIFACTS
+
+pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.timeout(300)]
+
+FOLDER = Path(__file__).parent
+STEPS, SAMPLED, EXPERTS = 12, 5, 4
+PROMPT: list[str] = []
+"""Ids of prompts that messages pretend to be of, the last one that of the present test."""
+BROKEN = "<img src=x onerror='window.broken = 1'>"
+TOLERANCE = 0.006
+"""Mean difference, of 1, of a part of two pictures that are scaled down four times. A chart without
+its lines differs by 0.013, one without its band by 0.07."""
+PARTS = {"chart": (320, 196, 680, 432), "timeline": (20, 344, 272, 396), "badge": (100, 8, 280, 28)}
+"""Left, top, right and bottom of what is compared, in pixels."""
+
+
+def graph(**training):
+    return {
+        "1": {"class_type": "QuantTuneLoadQuantizedUNet",
+              "inputs": {"unet_name": "starter-4bit.safetensors", "bits": "auto"}},
+        "2": {"class_type": "QuantTuneLoadStarterModel", "inputs": {}},
+        "3": {"class_type": "QuantTuneTrainingImages", "inputs": {
+            "folder": "starter: pip", "captions": "text files", "resolution": 64}},
+        "5": {"class_type": "QuantTuneTrainScales", "inputs": {
+            "model": ["1", 0], "images": ["3", 0], "clip": ["2", 1], "vae": ["2", 2],
+            "run_name": "drawn", "if_run_exists": "start anew", "preset": "recommended",
+            "steps": STEPS, "num_experts": EXPERTS, "learning_rate": 0.01, "batch_size": 1,
+            "validation_prompts": "", "preview_every": 0, "checkpointing": False, **training}},
+        "6": {"class_type": "QuantTuneApplyScales", "inputs": {
+            "model": ["1", 0], "scale_name": "(connected scales)", "strength": 1.0,
+            "scales": ["5", 0]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["2", 1], "text": "a star"}},
+        "8": {"class_type": "EmptyLatentImage",
+              "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "9": {"class_type": "KSampler", "inputs": {
+            "model": ["6", 0], "positive": ["7", 0], "negative": ["7", 0],
+            "latent_image": ["8", 0], "seed": 1, "steps": SAMPLED, "cfg": 1.0,
+            "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}},
+        "10": {"class_type": "VAEDecode", "inputs": {"samples": ["9", 0], "vae": ["2", 2]}},
+        "11": {"class_type": "PreviewImage", "inputs": {"images": ["10", 0]}},
+    }
+
+
+def alone(*nodes):
+    """Some of the graph's nodes, without what they are connected to."""
+    whole = graph()
+    return {n: {**whole[n], "inputs": {k: v for k, v in whole[n]["inputs"].items()
+                                       if not isinstance(v, list)}} for n in nodes}
+
+
+@pytest.fixture(scope="module")
+def opened(browser_context, comfy_server):
+    """One page for all tests of this file: to open it takes longer than most of them."""
+    client = comfy_server.client
+    while client.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    client.post("/history", {"clear": True})
+    frontend = open_page(browser_context, client.url)
+    yield frontend
+    frontend.page.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The page, as a prompt of its own sees it."""
+    opened.errors.clear()
+    PROMPT.append(f"prompt {len(PROMPT)}")
+    return opened
+
+
+def load(page, nodes):
+    """Open a graph with all of it in view: what is out of sight is not drawn."""
+    page.load_api(nodes)
+    fit(page)
+
+
+def fit(page):
+    page.page.wait_for_timeout(300)
+    page.page.evaluate(
+        "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.page.wait_for_timeout(700)
+
+
+def listen(page):
+    """Keep the messages that the server sends from now on, in ``window.told``."""
+    page.page.evaluate("""async () => {
+        window.told = [];
+        const { api } = await import('/scripts/api.js');
+        for (const name of ['quanttune.losses', 'quanttune.experts'])
+          api.addEventListener(name, (e) => window.told.push([name, performance.now(), e.detail]));
+    }""")
+
+
+def send(page, name, detail):
+    """Let the page believe that the server sent a message, and draw it."""
+    page.page.evaluate("""async ([name, detail]) => {
+        const { api } = await import('/scripts/api.js');
+        api.dispatchCustomEvent(name, detail);
+        for (let i = 0; i < 3; i++) await new Promise((done) => requestAnimationFrame(done));
+    }""", [name, detail])
+
+
+def losses(upto=260, steps=400, **changes):
+    """A message of a training that nothing random has a part in."""
+    points = [[[s, 0.6 * 0.3**e * (0.6 + 0.5 * math.exp(-s / 90) + 0.25 * math.sin(7.3 * s))]
+               for s in range(1 + e, upto + 1, EXPERTS)] for e in range(EXPERTS)]
+    return {"node": "5", "prompt": PROMPT[-1], "run": "my-owl", "steps": steps, "step": upto,
+            "experts": EXPERTS, "timesteps": 1000, "whole": True, "points": points, **changes}
+
+
+def sampling(at=None, count=20, **changes):
+    steps = [round(0.999 * (1 - i / count), 4) for i in range(count)]
+    return {"nodes": ["6"], "prompt": PROMPT[-1], "sampler": "9", "steps": steps,
+            "at": steps[0] if at is None else at, **changes}
+
+
+def fills(page, selector, attribute):
+    return page.page.eval_on_selector_all(
+        selector, "(all, name) => all.map((e) => [e.dataset.expert, e.getAttribute(name)])",
+        attribute)
+
+
+def count(page, selector):
+    return page.page.locator(selector).count()
+
+
+def texts(page, panel):
+    return page.page.eval_on_selector_all(f".quanttune-{panel} text",
+                                          "(all) => all.map((e) => e.textContent)")
+
+
+def test_a_run_draws_losses_experts_steps_and_sizes(page, comfy_server):
+    load(page, graph())
+    reopen = "async () => { await window.app.loadGraphData(window.app.rootGraph.serialize()) }"
+    page.page.evaluate(reopen)  # which gives it an id
+    listen(page)
+    history = comfy_server.client.wait(page.queue(), timeout=240)
+    assert history["status"]["status_str"] == "success", history["status"]["messages"][-1]
+    page.page.wait_for_function("() => !document.querySelector('.quanttune-now')")
+    told = page.page.evaluate("() => window.told")
+
+    # One line an expert, and the true losses of its steps.
+    with open(comfy_server.folder / "output/quanttune_runs/drawn/loss.csv") as file:
+        rows = list(csv.DictReader(file))
+    expected = [[[int(r["step"]), float(f"{float(r['loss']):.4g}")] for r in rows
+                 if int(r["expert"]) == e] for e in range(EXPERTS)]
+    assert all(expected) and sum(map(len, expected)) == STEPS
+    messages = [m for name, _, m in told if name == "quanttune.losses"]
+    assert messages[0]["whole"] and messages[0]["points"] == [[]] * EXPERTS
+    assert messages[-1]["whole"] and messages[-1]["points"] == expected
+    assert {m["node"] for m in messages} == {"5"}
+    lines = fills(page, ".quanttune-line", "stroke")
+    assert [e for e, _ in lines] == ["1", "2", "3", "4"]
+    points = page.page.eval_on_selector_all(
+        ".quanttune-points", "(all) => all.map((e) => e.getAttribute('d').split('M').length - 1)")
+    assert points == [len(own) for own in expected]
+    assert f"step {STEPS} of {STEPS}" in texts(page, "chart")
+
+    # The same colours in the band of the chart and in the timeline.
+    assert len({colour for _, colour in lines}) == EXPERTS
+    for panel in ("chart", "timeline"):
+        assert fills(page, f".quanttune-{panel} .quanttune-band rect", "fill") == lines
+
+    # A tick for each of the sampler's steps, each under its expert.
+    ticks = [m["steps"] for name, _, m in told if name == "quanttune.experts" and "steps" in m]
+    assert len(ticks) == 1 and len(ticks[0]) == SAMPLED
+    assert ticks[0][0] == pytest.approx(0.999) and ticks[0] == sorted(ticks[0], reverse=True)
+    assert count(page, ".quanttune-timeline [data-step]") == SAMPLED
+    shared = [sum(math.floor(t * EXPERTS) == e for t in ticks[0]) for e in range(EXPERTS)]
+    assert f"5 steps: {' + '.join(map(str, reversed(shared)))}" in texts(page, "timeline")
+
+    # Bits and size, as the host accounts it.
+    badge = page.page.evaluate("""() => window.app.rootGraph.getNodeById(1).badges.map(
+        (b) => (typeof b === 'function' ? b() : b).text)""")[-1]
+    assert badge == history["outputs"]["1"]["quanttune_badge"][0]
+    assert re.fullmatch(r"4-bit · 3\.\d\d MiB", badge)
+
+    # None of it is saved or sent, and another tab's graph does not lose it.
+    prompt = page.graph_to_prompt()
+    assert "quanttune_" not in json.dumps(prompt["output"]) and "_chart" not in str(
+        prompt["output"]["5"])
+    saved = next(n for n in prompt["workflow"]["nodes"] if n["id"] == 6)
+    assert saved["widgets_values"] == ["(connected scales)", 1]
+    page.page.evaluate(reopen)
+    fit(page)
+    page.page.wait_for_function(
+        f"() => document.querySelectorAll('.quanttune-line').length === {EXPERTS}", timeout=10_000)
+    assert page.errors == []
+
+
+def test_messages_add_up_and_a_new_run_begins_empty(page):
+    load(page, alone("5", "6"))
+    assert "The loss is drawn here while it trains" in texts(page, "chart")
+    send(page, "quanttune.losses", losses(40))
+    before = count_points(page)
+    more = losses(48, whole=False, points=[[[s, 0.1]] for s in range(41, 45)])
+    send(page, "quanttune.losses", more)
+    assert count_points(page) == before + 4
+    # A message of another run, without its beginning, says nothing.
+    send(page, "quanttune.losses", {**more, "run": "another"})
+    assert count_points(page) == before + 4
+    send(page, "quanttune.losses", losses(0, points=[[]] * EXPERTS))
+    assert count(page, ".quanttune-line") == 0
+    assert "step 0 of 400" in texts(page, "chart")
+
+    send(page, "quanttune.experts", sampling())
+    assert "The experts are shown after the first run" in texts(page, "timeline")
+    send(page, "executed", {"node": "6", "display_node": "6", "prompt_id": PROMPT[-1],
+                            "output": {"quanttune_experts": [{"experts": 1, "timesteps": 1000}]}})
+    assert count(page, ".quanttune-timeline .quanttune-band rect") == 1
+    send(page, "quanttune.experts", {k: v for k, v in sampling(0.6).items() if k != "steps"})
+    assert "step 9 of 20 · expert 1" in texts(page, "timeline")
+    send(page, "executing", "9")
+    assert count(page, ".quanttune-now") == 1
+    send(page, "executing", "10")
+    assert count(page, ".quanttune-now") == 0 and "20 steps" in texts(page, "timeline")
+    assert page.errors == []
+
+
+def count_points(page):
+    return sum(page.page.eval_on_selector_all(
+        ".quanttune-points", "(all) => all.map((e) => e.getAttribute('d').split('M').length - 1)"))
+
+
+def test_hostile_messages_break_nothing(page):
+    load(page, alone("1", "5", "6"))
+    output = {"quanttune_badge": [BROKEN], "quanttune_experts": [{"experts": 1e9}]}
+    for message in ({}, None, {"node": "99", "whole": True}, losses(points=None),
+                    losses(points=[[[1, None]], [["a", "b"]], [[]], []]), losses(steps=-1),
+                    losses(experts=-3), losses(run=BROKEN, node="5:7:9")):
+        send(page, "quanttune.losses", message)
+    for message in ({}, None, sampling(nodes=["5", "77"]), sampling(at="x"), sampling(steps=5)):
+        send(page, "quanttune.experts", message)
+    send(page, "executed", {"node": "6", "prompt_id": PROMPT[-1], "output": output})
+    send(page, "executed", {"node": "1", "prompt_id": PROMPT[-1], "output": output})
+    send(page, "quanttune.losses", losses(run=BROKEN))
+    assert count(page, ".quanttune-line") == EXPERTS and count(page, ".quanttune-chart img") == 0
+    assert page.page.evaluate("() => window.broken") is None
+    assert page.errors == []
+
+
+def test_a_chosen_file_tells_its_experts_before_any_run(page, comfy_server):
+    load(page, alone("6"))
+    page.page.evaluate("""() => {
+        const chooser = window.app.rootGraph.getNodeById(6).widgets[0];
+        chooser.value = 'starter-pip.safetensors';
+        chooser.callback(chooser.value);
+    }""")
+    page.page.wait_for_selector(".quanttune-timeline .quanttune-band", state="attached")
+    told = comfy_server.client.get("/quanttune/experts?name=starter-pip.safetensors")
+    assert count(page, ".quanttune-timeline .quanttune-band rect") == told["experts"] > 1
+    for name in ("../quanttune/starter-4bit.safetensors", "/etc/passwd", "..%2F..%2Fx", "", "%00"):
+        assert comfy_server.client.get(f"/quanttune/experts?name={name}") == {}
+    page.page.evaluate("() => window.app.rootGraph.getNodeById(6).collapse()")
+    page.page.wait_for_function(
+        "() => !document.querySelector('.quanttune-timeline').offsetParent", timeout=10_000)
+    assert page.errors == []
+
+
+def test_nodes_that_are_elements_of_the_page(page):
+    setting = "(on) => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    page.page.evaluate(setting, True)
+    try:
+        load(page, alone("1", "5", "6"))
+        show_all(page)
+        page.page.wait_for_function("""() => document.querySelector('.quanttune-line') &&
+            document.querySelector('.quanttune-badge')?.offsetHeight > 10""", timeout=20_000)
+        assert count(page, ".quanttune-line") == EXPERTS
+        assert count(page, ".quanttune-timeline [data-step]") == 20
+        assert page.page.locator(".quanttune-badge").first.text_content() == "4-bit · 0.40 GiB"
+        assert page.errors == []
+    finally:
+        page.page.evaluate(setting, False)
+
+
+def show_all(page):
+    send(page, "quanttune.losses", losses())
+    send(page, "executed", {"node": "1", "display_node": "1", "prompt_id": PROMPT[-1],
+                            "output": {"quanttune_badge": ["4-bit · 0.40 GiB"]}})
+    send(page, "executed", {"node": "6", "display_node": "6", "prompt_id": PROMPT[-1], "output": {
+        "quanttune_experts": [{"experts": EXPERTS, "timesteps": 1000}]}})
+    send(page, "quanttune.experts", sampling())
+    send(page, "quanttune.experts", sampling(0.6493))
+
+
+def small(path, area):
+    """Part of a picture at a quarter of its size, ``[height, width, 3]``, 0 to 1."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB").crop(area).reduce(4), dtype=np.float32) / 255
+
+
+def difference(a, b, area):
+    return float(np.abs(small(a, area) - small(b, area)).mean())
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_drawings_look_as_they_did(theme, page):
+    page.page.evaluate(
+        "(t) => window.app.extensionManager.setting.set('Comfy.ColorPalette', t)", theme)
+    try:
+        page.load_api(alone("1", "5", "6"))
+        # The chart is what matters: without the inputs above it.
+        page.page.evaluate("""() => {
+            const { app } = window;
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [80, 230];
+            const places = { 1: [0, 0], 6: [0, 180], 5: [300, 0] };
+            for (const node of app.rootGraph.nodes) {
+              node.pos = places[node.id];
+              if (node.id == 5) {
+                for (const w of node.widgets.slice(0, -1)) {
+                  Object.assign(w, { type: 'hidden', hidden: true, computeSize: () => [0, -4] });
+                  w.options.hidden = true;
+                }
+                node.setSize([380, 380]);
+              }
+            }
+            app.graph.setDirtyCanvas(true, true);
+        }""")
+        clip = {"x": 70, "y": 170, "width": 705, "height": 460}
+        empty, now = (ARTIFACTS / f"drawings-{theme}{end}.png" for end in ("-empty", ""))
+        ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        page.page.wait_for_timeout(800)
+        page.page.screenshot(path=str(empty), clip=clip)
+        show_all(page)
+        page.page.wait_for_timeout(800)
+        page.page.screenshot(path=str(now), clip=clip)
+        reference = FOLDER / f"drawings-{theme}.png"
+        assert reference.is_file(), f"look at {now}, and keep it as {reference.name} if it is right"
+        for part, area in PARTS.items():
+            assert difference(now, reference, area) < TOLERANCE, part
+            assert difference(empty, reference, area) > 2 * TOLERANCE, part
+        assert page.errors == []
+    finally:
+        page.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', "
+                           "'dark')")
