@@ -470,3 +470,40 @@ def test_the_average_lags_behind(tmp_path):
 def test_records_are_plain_numbers(tmp_path):
     record = trainer(tmp_path, steps=4).run().history[-1]
     assert all(type(v) in (int, float) for v in astuple(record))
+
+
+def by_hand(run, step, experts):
+    """Losses of a step's examples one by one, under the experts of their timesteps."""
+    timesteps = run.timesteps.timesteps(step, run.config.batch_size, run.shared)
+    losses, _ = run._losses(run.orders[0], 0, 0, timesteps)
+    found = {}
+    for t, loss in zip(timesteps.tolist(), losses.tolist()):
+        found.setdefault(int(t / 1000 * experts), []).append(loss)
+    return {e: sum(v) / len(v) for e, v in found.items()}
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_a_mixed_step_keeps_the_loss_of_each_expert(tmp_path, shared):
+    run = trainer(tmp_path, num_experts=2, batch_size=5, shared_share=shared)
+    for step in range(3):
+        run.shared = step < run.shared_steps
+        expected = by_hand(run, step, 2)
+        record = run.one_step()
+        assert record.expert == -1 and set(expected) == {0, 1}
+        assert run.mixed[step + 1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_of_one_expert_has_its_loss_and_nothing_mixed(tmp_path):
+    run = trainer(tmp_path, num_experts=4, batch_size=1, shared_share=0.0)
+    for _ in range(4):
+        record = run.one_step()
+        assert run.by_expert == {record.expert: pytest.approx(record.loss, rel=1e-6)}
+    assert run.mixed == {}
+
+
+def test_losses_of_mixed_steps_outlive_a_stop(tmp_path):
+    first = trainer(tmp_path, num_experts=2, batch_size=5, steps=6)
+    first.run(lambda progress: progress.record.step == 3)
+    assert set(first.mixed) == {1, 2, 3}
+    again = trainer(tmp_path, num_experts=2, batch_size=5, steps=6)
+    assert again.mixed == first.mixed
