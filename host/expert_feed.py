@@ -67,6 +67,5 @@ class ExpertFeed:
 def steps_of(sigmas: torch.Tensor, model_sampling, units: Callable) -> list[float]:
     """Shares of T of a sampler's steps: those of its noise levels but the last, where it ends."""
     convert, count = units(model_sampling)
-    told = [float(convert(model_sampling.timestep(sigma.reshape(1)).float())[0]) / count
-            for sigma in sigmas[:-1]]
-    return [round(min(max(share, 0.0), 1.0), 5) for share in told]
+    told = convert(model_sampling.timestep(sigmas[:-1]).float()) / count
+    return [round(min(max(share, 0.0), 1.0), 5) for share in told.tolist()]

@@ -56,6 +56,12 @@ def test_scales_pictures_losses_and_a_report_come_out(nodes, starter, images, ho
         f"step-{i:06}.png" for i in (0, 3, 6)]
     assert grid.shape[0] == 1 and grid.shape[2] > 3 * 128 and chart.shape[1:] == (432, 768, 3)
     assert {"images", "text"} <= set(output.ui)
+    losses = output.ui["quanttune_losses"][0]
+    assert (losses["run"], losses["step"], losses["experts"]) == ("run", 6, 2)
+    # Two examples a step: both experts have a part in each, and its loss is their mean.
+    assert [[step for step, _ in points] for points in losses["points"]] == [[*range(1, 7)]] * 2
+    for row, (_, one), (_, other) in zip(rows, *losses["points"]):
+        assert float(row["loss"]) == pytest.approx((one + other) / 2, rel=1e-3)
 
 
 def test_what_was_trained_can_be_applied_and_saved(nodes, starter, images):
