@@ -38,7 +38,8 @@ def trained(model, **options):
 
 
 def text_of(output):
-    return json.dumps(output.ui.as_dict()).replace("\\n", "\n")
+    ui = output.ui if isinstance(output.ui, dict) else output.ui.as_dict()
+    return json.dumps(ui).replace("\\n", "\n")
 
 
 def test_saved_it_appears_in_both_load_nodes_and_does_the_same(nodes, model):

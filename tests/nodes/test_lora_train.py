@@ -65,6 +65,8 @@ def test_a_lora_pictures_losses_and_a_report_come_out(options, nodes, starter, i
         f"step-{i:06}.png" for i in (0, 3, 6)]
     assert grid.shape[0] == 1 and grid.shape[2] > 3 * 128 and chart.shape[1:] == (432, 768, 3)
     assert {"images", "text"} <= set(output.ui)
+    assert [step for step, _ in output.ui["quanttune_losses"][0]["points"][0]] == [
+        int(r["step"]) for r in rows]
 
 
 def test_epochs_take_the_place_of_steps(nodes, starter, images):

@@ -1,6 +1,7 @@
 """The nodes as the executor runs them: what they return, what they show, what they refuse."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -36,8 +37,8 @@ def test_quantize_reports_and_shows_it(nodes):
     with torch.inference_mode():
         output = run_node(nodes["QuantTuneQuantizeUNet"], model=models.small_model(), bits="8")
     model, report = output.args
-    assert "layers quantized" in report and report in json.dumps(output.ui.as_dict()).replace(
-        "\\n", "\n")
+    assert "layers quantized" in report and report in output.ui["text"]
+    assert re.fullmatch(r"8-bit · [\d.]+ [KM]iB", output.ui["quanttune_badge"][0])
     assert {w.bits for w in models.quantized_model(model).checkpoint.layers.values()} == {8}
 
 
@@ -57,8 +58,8 @@ def test_dynamic_int8_says_what_runs(nodes):
         model, note = output.args
         arguments = models.inputs(model)
         assert models.forward(model, arguments).isfinite().all()
-    assert "integer" in note.lower() and note.splitlines()[-1] in json.dumps(
-        output.ui.as_dict()).replace("\\n", "\n")
+    assert "integer" in note.lower() and note in output.ui["text"]
+    assert re.fullmatch(r"8-bit · INT8 · [\d.]+ [KM]iB", output.ui["quanttune_badge"][0])
     assert models.quantized_model(model) is not None
 
 
@@ -70,11 +71,15 @@ def test_calibrate_then_train_from_prompts(nodes):
                   "prompts": "a red star on a blue background\n\n  a green circle  \n"}
         calibrated = run_node(nodes["QuantTuneCalibrateInt8"], model=model, bits="4", **common)
         assert "4 bits" not in calibrated.args[1] and "2 prompts" in calibrated.args[1]
-        assert "static ranges" in json.dumps(calibrated.ui.as_dict())
+        assert "static ranges" in json.dumps(calibrated.ui)
         trained = run_node(nodes["QuantTuneTrainQat"], model=calibrated.args[0], reference=model,
                            train_steps=2, run_name="t", **{**common, "precision": "fp32"})
         fast, chart, report = trained.args
         assert chart.ndim == 4 and "2 of 2 steps" in report and "true integers" in report
+        assert trained.ui["quanttune_badge"] == calibrated.ui["quanttune_badge"]
+        losses = trained.ui["quanttune_losses"][0]
+        assert (losses["run"], losses["steps"], losses["experts"]) == ("t", 2, 1)
+        assert [step for step, _ in losses["points"][0]] == [1, 2]
         assert models.quantized_model(fast).checkpoint.ranges.num_buckets == 4
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         context = clip.encode_from_tokens(clip.tokenize("a red star"))
