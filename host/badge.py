@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from .bnb import LABELS
+from .bnb_quantize import bnb_kind
 from .build import quantized_model
 from .int8 import OPTION
 
@@ -33,6 +34,8 @@ def size_text(count: float) -> str:
 
 
 def _weights(patcher) -> str:
+    if kind := bnb_kind(patcher):
+        return LABELS[kind]
     quantized = quantized_model(patcher)
     if quantized is None or not quantized.checkpoint.layers:
         sizes = Counter()
@@ -41,9 +44,6 @@ def _weights(patcher) -> str:
         dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
         return DTYPES.get(dtype, str(dtype).removeprefix("torch."))
     layers = quantized.checkpoint.layers.values()
-    kinds = {getattr(w, "kind", "") for w in layers} - {""}
-    if kinds:
-        return "/".join(LABELS.get(kind, kind) for kind in sorted(kinds))
     counts = Counter()
     for weight in layers:
         counts[weight.bits] += weight.numel

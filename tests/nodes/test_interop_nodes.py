@@ -23,7 +23,9 @@ def model(nodes):
 
 
 def test_bitsandbytes_and_back(nodes, model):
-    packed, report = run_node(nodes["QuantTuneBitsandbytes"], model=model, kind="nf4").args
+    output = run_node(nodes["QuantTuneBitsandbytes"], model=model, kind="nf4")
+    packed, report = output.args
+    assert output.ui["quanttune_badge"][0].startswith("NF4 · ")
     assert "Linear layers in NF4" in report and "stay in float" in report
     with pytest.raises(QuantTuneError, match="'Export Float UNet'"):
         run_node(nodes["QuantTuneSaveQuantizedUNet"], model=packed, filename_prefix="quanttune/x")
