@@ -2,10 +2,16 @@
 
 import { colourOf, inkOn } from "./colours.js";
 import { hint, label, shape } from "./drawing.js";
+import { word } from "./words.js";
 
 /** The expert, from 0 on, that serves a timestep given as a share of T. */
 export function expertAt(share, count) {
   return Math.min(count - 1, Math.max(0, Math.floor(share * count + 1e-9)));
+}
+
+/** About how wide a text is drawn, in pixels: Chinese and Japanese letters are twice as wide. */
+export function widthOf(text) {
+  return [...text].reduce((sum, sign) => sum + (sign > "\u2e80" ? 11 : 5.8), 0);
 }
 
 /** First and last timestep of an expert. */
@@ -14,9 +20,9 @@ export function intervalOf(expert, count, timesteps) {
   return [first, Math.max(first, Math.ceil(((expert + 1) * timesteps) / count) - 1)];
 }
 
-/** The experts' numbers as texts, after `before`. */
-export function numbersOf(count, before = "") {
-  return Array.from({ length: count }, (_, expert) => `${before}${expert + 1}`);
+/** The experts' numbers as texts. */
+export function numbersOf(count) {
+  return Array.from({ length: count }, (_, expert) => `${expert + 1}`);
 }
 
 /** Where a share of T lies between `left` and `left + width`. */
@@ -39,7 +45,7 @@ export function drawBand(parent, box, count, timesteps, texts, active = null) {
   const group = shape("g", { class: "quanttune-band" }, parent);
   const width = box.width / count;
   const gap = width > 6 ? 1 : 0;
-  const fitting = texts.find((list) => list.every((text) => 5.8 * text.length + 3 <= width));
+  const fitting = texts.find((list) => list.every((text) => widthOf(text) + 3 <= width));
   for (let expert = 0; expert < count; expert++) {
     const left = placeOf((expert + 1) / count, box.left, box.width);
     const part = shape("rect", {
@@ -48,7 +54,8 @@ export function drawBand(parent, box, count, timesteps, texts, active = null) {
       opacity: active === null || active === expert ? 1 : 0.4,
     }, group);
     const [first, last] = intervalOf(expert, count, timesteps);
-    hint(part, `Expert ${expert + 1} of ${count}: timesteps ${first} to ${last}`);
+    hint(part, word("Expert {expert} of {count}: timesteps {first} to {last}",
+      { expert: expert + 1, count, first, last }));
     if (fitting?.[expert]) {
       label(group, left + width / 2, box.top + box.height / 2 + 3.5, fitting[expert], {
         "text-anchor": "middle", fill: inkOn(expert, count), "font-weight": 600,

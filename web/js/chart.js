@@ -1,9 +1,10 @@
 /** The losses of a training while it runs: a line an expert, and the experts' intervals below. */
 
-import { drawBand, intervalOf, numbersOf } from "./band.js";
+import { drawBand, intervalOf, numbersOf, widthOf } from "./band.js";
 import { THEME, colourOf } from "./colours.js";
 import { Drawing, hint, label, shape } from "./drawing.js";
 import { numberText, reach, smoothed, ticksOf, verticalAxis } from "./scales.js";
+import { word } from "./words.js";
 
 const LEFT = 40;
 const RIGHT = 12;
@@ -30,7 +31,7 @@ export class LossChart extends Drawing {
   draw(svg, width, height) {
     const state = this.state;
     if (!state) {
-      label(svg, width / 2, height / 2, "The loss is drawn here while it trains", {
+      label(svg, width / 2, height / 2, word("The loss is drawn here while it trains"), {
         "text-anchor": "middle",
       });
       return;
@@ -57,16 +58,16 @@ export class LossChart extends Drawing {
   }
 
   title(svg, width, state, last) {
-    const now = this.banded || last[0] === null ? "" : `loss ${numberText(last[0])} · `;
-    const text = `${now}step ${state.step} of ${state.steps}`;
-    label(svg, LEFT, 13, "loss");
+    const now = this.banded || last[0] === null ? "" : `${word("loss")} ${numberText(last[0])} · `;
+    const text = now + word("step {step} of {steps}", state);
+    label(svg, LEFT, 13, word("loss"));
     label(svg, width - RIGHT, 13, text, { "text-anchor": "end", fill: THEME.text });
-    const room = (width - LEFT - RIGHT) / 5.6 - text.length - 8;
+    const room = (width - LEFT - RIGHT) / 5.6 - widthOf(text) / 5.6 - 8;
     if (room > 5) {
       const name = String(state.run ?? "");
       label(svg, LEFT + 26, 13, name.length > room ? `${name.slice(0, room - 1)}…` : name);
     }
-    this.svg.setAttribute("aria-label", `Loss of ${state.run}: ${text}`);
+    this.svg.setAttribute("aria-label", word("Loss of {run}: {text}", { run: state.run, text }));
   }
 
   /** The intervals, with each expert's number and present loss, and its timesteps below. */
@@ -76,7 +77,7 @@ export class LossChart extends Drawing {
     const losses = last.map((l, e) => (l === null ? `${e + 1}` : `${e + 1}: ${numberText(l)}`));
     drawBand(svg, { left: box.left, top, width: box.width, height: 18 }, experts, timesteps,
       [losses, numbersOf(experts)]);
-    label(svg, box.left - 5, top + 13, "expert", { "text-anchor": "end" });
+    label(svg, box.left - 5, top + 13, word("expert"), { "text-anchor": "end" });
     label(svg, box.left - 5, top + 30, "t", { "text-anchor": "end" });
     const width = box.width / experts;
     const texts = state.points.map((_, e) => intervalOf(e, experts, timesteps));
@@ -110,7 +111,7 @@ function frame(svg, box, axis, end, x, y) {
     const at = x(step);
     shape("line", { x1: at, x2: at, y1: top + height, y2: top + height + 3, stroke: THEME.faint },
       svg);
-    label(svg, at, top + height + 13, i ? numberText(step) : "step 0", {
+    label(svg, at, top + height + 13, i ? numberText(step) : word("step 0"), {
       "text-anchor": at > left + width - 8 ? "end" : i ? "middle" : "start",
     });
   });
@@ -134,6 +135,7 @@ function drawLine(parent, line, expert, count, x, y) {
     "stroke-linejoin": "round", "stroke-linecap": "round", class: "quanttune-line",
     "data-expert": expert + 1 }, parent);
   const [step, loss] = line[line.length - 1];
-  hint(path, count > 1 ? `Expert ${expert + 1}: ${numberText(loss)}` : numberText(loss));
+  const value = numberText(loss);
+  hint(path, count > 1 ? word("Expert {expert}: {loss}", { expert: expert + 1, loss: value }) : value);
   shape("circle", { cx: x(step), cy: y(loss), r: 3, fill: colourOf(expert, count) }, parent);
 }

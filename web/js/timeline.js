@@ -3,6 +3,7 @@
 import { drawBand, expertAt, numbersOf, placeOf } from "./band.js";
 import { THEME, colourOf } from "./colours.js";
 import { Drawing, label, shape } from "./drawing.js";
+import { word } from "./words.js";
 
 const EDGE = 8;
 
@@ -25,7 +26,7 @@ export class ExpertTimeline extends Drawing {
   draw(svg, width, height) {
     const { experts, timesteps = 1000, steps = [], at = null } = this.state;
     if (!experts) {
-      label(svg, width / 2, height / 2 + 3.5, "The experts are shown after the first run", {
+      label(svg, width / 2, height / 2 + 3.5, word("The experts are shown after the first run"), {
         "text-anchor": "middle",
       });
       return;
@@ -33,7 +34,7 @@ export class ExpertTimeline extends Drawing {
     const inner = width - 2 * EDGE;
     const active = at === null ? null : expertAt(at, experts);
     const box = { left: EDGE, top: 6, width: inner, height: Math.max(14, height - 34) };
-    const texts = [numbersOf(experts, "expert "), numbersOf(experts)];
+    const texts = [numbersOf(experts).map((expert) => word("expert {expert}", { expert })), numbersOf(experts)];
     drawBand(svg, box, experts, timesteps, texts, active);
     const under = box.top + box.height + 2;
     steps.forEach((share, index) => {
@@ -53,11 +54,11 @@ export class ExpertTimeline extends Drawing {
       }, svg);
     }
     const base = height - 7;
-    label(svg, EDGE, base, "noise");
-    label(svg, width - EDGE, base, "image", { "text-anchor": "end" });
+    label(svg, EDGE, base, word("noise"));
+    label(svg, width - EDGE, base, word("image"), { "text-anchor": "end" });
     const text = caption(experts, steps, at, active);
     label(svg, width / 2, base, text, { "text-anchor": "middle", fill: THEME.text });
-    this.svg.setAttribute("aria-label", `Expert timeline: ${text}`);
+    this.svg.setAttribute("aria-label", word("Expert timeline: {text}", { text }));
   }
 }
 
@@ -66,12 +67,16 @@ function caption(experts, steps, at, active) {
   if (at !== null) {
     const distances = steps.map((share) => Math.abs(share - at));
     const step = distances.indexOf(Math.min(...distances)) + 1;
-    return (step ? `step ${step} of ${steps.length} · ` : "") + `expert ${active + 1}`;
+    return (step ? `${word("step {step} of {steps}", { step, steps: steps.length })} · ` : "") +
+      word("expert {expert}", { expert: active + 1 });
   }
-  if (!steps.length) return experts === 1 ? "one expert for all steps" : `${experts} experts`;
-  if (experts === 1) return `${steps.length} steps`;
+  if (!steps.length) {
+    return experts === 1 ? word("one expert for all steps") : word("{count} experts", { count: experts });
+  }
+  const all = word("{count} steps", { count: steps.length });
+  if (experts === 1) return all;
   const counts = Array(experts).fill(0);
   for (const share of steps) counts[expertAt(share, experts)]++;
   const shared = experts <= 6 ? `: ${counts.reverse().join(" + ")}` : "";
-  return `${steps.length} steps${shared}`;
+  return all + shared;
 }
