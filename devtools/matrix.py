@@ -38,9 +38,13 @@ FOLDER = DEV / "matrix"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = {
     "newest": TORCH_TRIO,
-    "oldest": ("torch==2.6.0", "torchvision==0.21.0", "torchaudio==2.6.0"),
+    "oldest": ("torch==2.8.0", "torchvision==0.23.0", "torchaudio==2.8.0"),
 }
-"""Release lines of torch, torchvision and torchaudio that belong together."""
+"""Release lines of torch, torchvision and torchaudio that belong together.
+
+With 2.6.0 and 2.7.1, ComfyUI 0.30.0 itself does not start on a machine without GPU: comfy-kitchen's
+Triton kernels want a driver when they are imported (Triton 3.3 and before).
+"""
 
 SOURCES = ("host", "nodes", "quant", "training", "metrics", "starter", "workflows", "web",
            "locales", "tests", "devtools")  # fmt: skip
