@@ -37,6 +37,8 @@ MODULES = {
 }
 """Modules that need a reason, by what they can do."""
 REVIEWED = {
+    ("host/live.py", "asyncio"): "a header is read in a thread, so that the server goes on",
+    ("host/live.py", "aiohttp"): "the type of an answer to the page by the host's own server",
     ("quant/int8/kitchen.py", "importlib"): "find_spec: whether comfy-kitchen is installed",
     ("quant/int8/triton_backend.py", "importlib"): "find_spec: whether Triton is installed",
     ("quant/paging.py", "ctypes"): "malloc_trim and madvise of the C library",
@@ -45,6 +47,7 @@ REVIEWED = {
     ("starter/evaluate.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
     ("starter/train.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
     ("starter/upscaler_evaluate.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
+    ("starter/upscaler_preview.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
     ("starter/upscaler_train.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
 }
 """Why a file may import such a module."""
