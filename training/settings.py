@@ -140,4 +140,9 @@ def _is_number(value: Any) -> bool:
 
 def wrong(name: str, value: Any, expected: str) -> QuantTuneError:
     """The error for a setting that is not what it has to be."""
-    return QuantTuneError(f"The setting {name} is {value!r}, but it has to be {expected}.")
+    try:
+        told = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        told = "a number of thousands of digits"
+    told = told if len(told) <= 100 else f"{told[:97]}..."
+    return QuantTuneError(f"The setting {name} is {told}, but it has to be {expected}.")

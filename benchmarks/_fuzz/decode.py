@@ -63,6 +63,9 @@ TYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
 }
 NUMPY = {
@@ -74,8 +77,13 @@ NUMPY = {
     "I16": "<i2",
     "I8": "i1",
     "U8": "u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
     "BOOL": "?",
 }
+WIDTHS = {**SIZES, "U16": 2, "U32": 4, "U64": 8}
+"""Bytes of a number of each type that the format knows; files are only made of `SIZES`' types."""
 
 
 def _once(pairs: list) -> dict:
@@ -126,9 +134,9 @@ def _stored(entry: object, body: bytes) -> Stored:
     for numbers in (shape, places):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise Unreadable("numbers")
-    if len(places) != 2 or entry.get("dtype") not in SIZES or places[1] > len(body):
+    if len(places) != 2 or entry.get("dtype") not in WIDTHS or places[1] > len(body):
         raise Unreadable("offsets or a type")
-    if places[1] - places[0] != math.prod(shape) * SIZES[entry["dtype"]]:
+    if places[1] - places[0] != math.prod(shape) * WIDTHS[entry["dtype"]]:
         raise Unreadable("a shape of another size")
     return Stored(entry["dtype"], tuple(shape), body[places[0] : places[1]])
 

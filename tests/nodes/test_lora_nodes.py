@@ -182,7 +182,7 @@ def test_the_hosts_own_lora_model_is_saved(nodes, model):
 
 @pytest.mark.parametrize("change,message", [
     ({"lora": {}}, "holds no tensors"), ({"lora": 3}, "is not a LoRA"),
-    ({"filename_prefix": ""}, "file name is empty"),
+    ({"filename_prefix": ""}, "is empty"),
     ({"filename_prefix": "../x"}, "outside the output folder"),
     ({"lora": {"a.lora_up.weight": torch.full((2, 2), float("nan"))}}, "NaN or infinite"),
 ])
