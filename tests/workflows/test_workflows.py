@@ -12,6 +12,7 @@ from quanttune.devtools.graph import to_api
 from quanttune.tests.harness import docs_images
 from quanttune.tests.harness.browser import ARTIFACTS
 from quanttune.tests.harness.server import check_pictures
+from quanttune.tests.workflows.test_layout import problems
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -24,6 +25,12 @@ pytestmark = [pytest.mark.server, pytest.mark.browser]
 
 def read(path):
     return json.loads(path.read_text("utf-8"))
+
+
+def drawn(page, name):
+    """The open workflow with the sizes that its nodes have once all of them were drawn."""
+    page.screenshot(ARTIFACTS / f"{name}.png")  # with all of it in view; others are not drawn
+    return page.graph_to_prompt()["workflow"]
 
 
 def test_there_are_workflows():
@@ -42,18 +49,33 @@ def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_serve
     unknown = frontend_page.unknown_types()
     assert not unknown, f"node types the frontend does not know: {unknown}"
     graph = frontend_page.graph_to_prompt()["output"]
-    frontend_page.screenshot(ARTIFACTS / f"{path.stem}.png")
+    assert problems(drawn(frontend_page, path.stem)) == []
     history = comfy_server.client.wait(frontend_page.queue(), timeout=1200)
     status = history["status"]
     assert status["status_str"] == "success", status["messages"][-1]
     expected = [node for node, entry in graph.items() if entry["class_type"] in PICTURE_NODES]
     assert expected, "a shipped workflow ends in a picture"
     check_pictures(comfy_server.pictures(history), expected)
+    # What a run leaves in the nodes (reports, charts, pictures) has room, too.
+    assert problems(drawn(frontend_page, path.stem)) == []
     seen = docs_images.whole_graph(frontend_page)
     (ARTIFACTS / f"{path.stem}-done.png").write_bytes(seen)
     if docs_images.WANTED:
         docs_images.save(seen, PICTURES / f"{path.stem}.webp", limit=150_000, width=2200)
     assert frontend_page.errors == []
+
+
+def test_a_node_that_needs_more_room_than_its_file_says_is_noticed(frontend_page):
+    workflow = read(FOLDER / "03-personalise-a-subject.json")
+    nodes = {node["type"]: node for node in workflow["nodes"]}
+    training, moved = nodes["QuantTuneTrainScales"], nodes["QuantTuneTrainingImages"]
+    left, top = training["pos"]
+    training["size"][1] = 200
+    moved["pos"], moved["bgcolor"] = [left, top + 260], training["bgcolor"]
+    assert problems(workflow) == []
+    frontend_page.load(workflow)
+    found = problems(drawn(frontend_page, "too-small"))
+    assert any("overlap" in problem for problem in found)
 
 
 @each_workflow

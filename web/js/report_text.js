@@ -9,7 +9,7 @@ import { app } from "../../../scripts/app.js";
 
 const PREFIX = "QuantTune";
 const WIDGET = "quanttune_report";
-const MIN_HEIGHT = 110;
+const MIN_HEIGHT = 64;
 
 /** The field of `node`, made on the first call; it is saved neither with workflows nor prompts. */
 function field(node) {
