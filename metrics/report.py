@@ -166,7 +166,7 @@ def save_report(report: Report, base: str | os.PathLike[str], format: str = BOTH
     try:
         for path in paths:
             if path.suffix == ".html":
-                with written_whole(path) as file:
+                with written_whole(path, len(page_text)) as file:
                     file.write(page_text)
             else:
                 _write_with_folder(path, text.encode(), folder, files)
@@ -185,9 +185,9 @@ def _write_with_folder(path: Path, text: bytes, folder: Path, files: dict[str, b
     placed = False
     try:
         for name, content in files.items():
-            with written_whole(fresh / name) as file:
+            with written_whole(fresh / name, len(content)) as file:
                 file.write(content)
-        with written_whole(path) as file:
+        with written_whole(path, len(text)) as file:
             file.write(text)
             if os.path.exists(folder):
                 os.replace(folder, aside)

@@ -11,8 +11,11 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +49,9 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 CURES = {
-    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.ENOSPC: "the disk is full{}; free some space or choose another folder",
     # Not every system has quotas.
-    getattr(errno, "EDQUOT", -1): "the quota is used up; choose another folder",
+    getattr(errno, "EDQUOT", -1): "the quota is used up{}; choose another folder",
     errno.EROFS: "the folder is read-only; choose another folder",
     # Windows says so too of a file that is still mapped, as a loaded model is.
     errno.EACCES: "writing there is not permitted or the file is in use; choose another name",
@@ -57,6 +60,10 @@ CURES = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.EISDIR: "there is a folder of that name; choose another name",
 }
+PART = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+"""Names of files that are being written; see `written_whole`."""
+PART_SECONDS = 24 * 3600
+"""Age at which nobody can be writing one any more."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ def write_safetensors(
             f"The metadata for {path} cannot be written as JSON ({error}); "
             "use numbers, strings, lists and mappings."
         ) from error
-    with written_whole(path) as file:
+    size = len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
+    with written_whole(path, size) as file:
         file.write(header)
         for name in names:
             _write_tensor(file, tensors[name])
@@ -133,11 +141,15 @@ def stored_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def written_whole(path: str | os.PathLike[str], size: int | None = None) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of ``path`` when the block ends without an error.
 
     Its folder is created if need be. On an error, an interrupt or a full disk nothing is left
-    behind, and what stood at ``path`` is still there.
+    behind, and what stood at ``path`` is still there. A process that is killed leaves a file that
+    no list shows; the next one that is written to that folder a day later removes it.
+
+    Args:
+        size: bytes that the file will take, where they are known, to be told if the disk is full.
 
     Raises:
         QuantTuneError: the file cannot be written.
@@ -145,7 +157,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = os.fspath(path)
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        remove_old_parts(folder)
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -157,14 +171,51 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         except OSError:
             pass
         if isinstance(error, OSError):
-            raise unwritten(path, error) from error
+            raise unwritten(path, error, size) from error
         raise
 
 
-def unwritten(path: str | os.PathLike[str], error: OSError) -> QuantTuneError:
-    """What to tell the user of a file or folder that could not be written."""
-    cure = CURES.get(error.errno, f"{error.strerror or error}; choose another folder")
+def remove_old_parts(folder: str | os.PathLike[str]) -> None:
+    """Delete what processes that were killed have left of files that they wrote here.
+
+    Only what has not grown for a day: another process may be writing, and even computes between.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if PART.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > PART_SECONDS:
+                        os.unlink(entry.path)
+    except OSError:
+        pass  # one that cannot be read or deleted stays
+
+
+def unwritten(
+    path: str | os.PathLike[str], error: OSError, size: int | None = None
+) -> QuantTuneError:
+    """What to tell the user of a file or folder of ``size`` bytes that could not be written."""
+    cure = CURES.get(error.errno)
+    if cure is None:
+        cure = f"{error.strerror or error}; choose another folder"
+    else:
+        needed = "" if size is None else f" ({room(os.path.dirname(os.fspath(path)), size)})"
+        cure = cure.format(needed)
     return QuantTuneError(f"The file {os.fspath(path)} could not be written because {cure}.")
+
+
+def room(folder: str | os.PathLike[str], size: int) -> str:
+    """For a sentence about a disk: "it takes 12.0 MB and 3.0 MB are free"."""
+    folder = os.path.abspath(folder)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    try:
+        return f"it takes {_bytes(size)} and {_bytes(shutil.disk_usage(folder).free)} are free"
+    except OSError:
+        return f"it takes {_bytes(size)}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def stored_header(

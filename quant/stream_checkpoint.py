@@ -97,7 +97,8 @@ def stream_quantized_unet(
     first = header(UNKNOWN)
     places = {n: len(first) + at for n, at in stored_places(names, announced).items()}
     digest = hashlib.sha256()
-    with written_whole(path) as file:
+    size = len(first) + sum(t.numel() * t.element_size() for t in announced.values())
+    with written_whole(path, size) as file:
         file.write(first)
         for name in sorted(layers):
             made = layer(name)

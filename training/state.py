@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 
 from ..quant import QuantTuneError
-from ..quant.torch_archive import check_records
+from ..quant.safe_file import room
+from ..quant.torch_archive import check_records, tensors_in
 from ..quant.torch_structure import check_structure
 
 FILE = "checkpoint.pt"
 VERSION = 1
+NO_SPACE = "no space left on the disk"
 FULL = 8 * 2**20
 """Bytes below which a disk counts as full, since what did not fit has been taken back."""
 
@@ -41,6 +44,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         kept = " The state before it is kept." if _exists(path) else ""
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        if reason == NO_SPACE:
+            reason += ": " + room(path.parent, sum(t.nbytes for t in tensors_in(state)))
         raise QuantTuneError(
             f"The training state {path} could not be written ({reason}); free some space or "
             f"choose another folder.{kept}") from error
@@ -63,10 +68,11 @@ def _exists(path: Path) -> bool:
 def _reason(error: Exception, folder: Path) -> str:
     """Why a file was not written; torch does not say when the disk is full."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
+        return NO_SPACE if full else error.strerror or str(error)
     with contextlib.suppress(OSError):
         if shutil.disk_usage(folder).free < FULL:
-            return "no space left on the disk"
+            return NO_SPACE
     return str(error).splitlines()[0]
 
 

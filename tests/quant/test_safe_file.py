@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,26 @@ def test_a_full_disk(path, monkeypatch):
         write_safetensors(path, {"a": torch.zeros(100_000)}, {})
     monkeypatch.undo()
     assert os.listdir(path.parent) == []
+
+
+def test_a_full_disk_is_told_with_the_room_it_takes(path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=200_000))
+    with pytest.raises(QuantTuneError, match=r"it takes 4\.0 MB and 200\.0 kB are free"):
+        write_safetensors(path, {"a": torch.zeros(1_000_000)}, {})
+
+
+def test_what_a_killed_process_had_begun_goes_a_day_later(path):
+    names = ["model.safetensors.0a1b2c3d.tmp", "model.safetensors.0a1b2c3e.tmp", "notes.tmp"]
+    for name in names:
+        (path.parent / name).write_bytes(b"half")
+    for name in names[::2]:
+        os.utime(path.parent / name, (1, 1))
+    write_safetensors(path, {"a": torch.ones(1)}, {})
+    assert sorted(os.listdir(path.parent)) == sorted([path.name, *names[1:]])
 
 
 def test_any_file_takes_its_place_only_when_it_is_whole(path):

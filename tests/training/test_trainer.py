@@ -330,6 +330,7 @@ def test_a_full_disk_that_torch_does_not_name(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
     done = trainer(tmp_path).run()
     assert "no space left" in done.message and "is kept" not in done.message
+    assert "4.1 kB are free" in done.message
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -346,7 +347,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(library, "save", fail)
     done = run.run()
-    assert done.finished and "No space left" in done.message and str(tmp_path) in done.message
+    assert done.finished and "no space left" in done.message and str(tmp_path) in done.message
     assert calls == [5, 10, 15, 20, 24]
     assert load_state(tmp_path)["step"] == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, "loss.csv"]
