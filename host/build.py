@@ -111,7 +111,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
     predict_as_described(model, config, metadata.model_type)
     _fill(model.diffusion_model, state, name)
     if operations is not None:
-        route_forwards(model.diffusion_model)
+        route_forwards(model.diffusion_model, checkpoint.source)
         model.state_dict_for_saving = _refuse_stock_save
     for attribute, value in (attributes or {}).items():
         # A copy: the host moves each of its models to a device of its own.

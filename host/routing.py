@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..quant import LayerScales, QuantTuneError, ScaleBank, ScaleSet, check_fits, check_strength
 from ..quant.int8 import bucket_of
+from ..quant.mapped_file import MappedFile
 from . import int8
 from .around import joined_inputs, layers_around, put_around, set_scales, weight_shape
 from .expert_feed import ExpertFeed
@@ -66,19 +67,24 @@ class ScaleRouter:
         return bank.resolve(convert(_one_each(timesteps)), num_timesteps)
 
 
-def route_forwards(diffusion_model: torch.nn.Module) -> None:
+def route_forwards(diffusion_model: torch.nn.Module, source: MappedFile | None = None) -> None:
     """Make every forward of ``diffusion_model`` start by setting, or clearing, its scales and the
     layers that multiply integers.
 
     A hook rather than one of the host's wrappers: not every family calls those, and a forward of
     a clone without scales must clear what a routed clone left behind. Scales are not cleared when
     a forward ends, because a checkpointed training step recomputes layers after that.
+
+    A forward whose integers lie in the mapped file ``source`` first looks whether somebody has
+    written into it.
     """
     if diffusion_model.__dict__.get("quanttune_routed"):
         return
     diffusion_model.__dict__["quanttune_routed"] = True
 
     def route(module, args, kwargs):
+        if source is not None:
+            source.check()
         options = kwargs.get("transformer_options") or {}
         router, mode = options.get(OPTION), options.get(int8.OPTION)
         timesteps = timesteps_of(args, kwargs)

@@ -34,6 +34,8 @@ def save_model(patcher, prefix: str) -> tuple[str, str]:
             "UNet', or write its weights as floats with 'Export Float UNet'.")
     _refuse_patches(patcher, "'Save Quantized UNet'")
     checkpoint = model.checkpoint
+    if checkpoint.source is not None:
+        checkpoint.source.check()
     path = output_path(prefix)
     model.checkpoint.metadata = save_quantized_unet(
         path, checkpoint.layers, checkpoint.floats, checkpoint.metadata, ranges=checkpoint.ranges)

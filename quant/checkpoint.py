@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .fingerprint import fingerprint
 from .int8.ranges import ActivationRanges
+from .mapped_file import MappedFile
 from .packing import packed_shape
 from .safe_file import DTYPE_NAMES, read_safetensors, write_safetensors
 from .scale_file import load_scale_set, save_scale_set
@@ -81,12 +82,14 @@ class QuantizedCheckpoint:
         layers: layer name to `QuantizedWeight`.
         floats: tensor name (relative to the UNet) to float tensor.
         ranges: static activation ranges from a calibration, or None.
+        source: the file that the tensors are views of, or None.
     """
 
     metadata: UNetMetadata
     layers: dict[str, QuantizedWeight]
     floats: dict[str, Tensor]
     ranges: ActivationRanges | None = None
+    source: MappedFile | None = None
 
     @property
     def nbytes(self) -> int:
@@ -137,9 +140,7 @@ def save_quantized_unet(
             tensors[key] = tensor
     if ranges is not None:
         tensors |= {f"{name}.{RANGES}": r.contiguous() for name, r in ranges.layers.items()}
-    facts = {
-        name: layer_facts(w.shape, w.bits, w.symmetric, w.split) for name, w in layers.items()
-    }
+    facts = {name: layer_facts(w.shape, w.bits, w.symmetric, w.split) for name, w in layers.items()}
     mark = metadata.fingerprint or fingerprint(layers)
     metadata, described = complete_metadata(metadata, facts, floats, mark, ranges is not None)
     write_safetensors(path, tensors, described, overwrite)
@@ -224,6 +225,7 @@ def load_quantized_unet(
             tensors do not match its metadata.
     """
     path = os.fspath(path)
+    source = MappedFile.of(path) if os.path.isfile(path) else None
     header, tensors = read_safetensors(path)
     metadata = _read_metadata(path, header, families)
     layers = {
@@ -243,7 +245,7 @@ def load_quantized_unet(
         )
     for name, tensor in floats.items():
         check_float(path, name, tensor)
-    return QuantizedCheckpoint(metadata, layers, floats, ranges)
+    return QuantizedCheckpoint(metadata, layers, floats, ranges, source)
 
 
 def _read_ranges(path, metadata, layers, tensors) -> ActivationRanges | None:
