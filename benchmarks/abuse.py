@@ -1,14 +1,18 @@
-"""Abuse: the pack's readers on a hundred thousand files that someone or something has damaged.
+"""Abuse: the pack's readers on a hundred thousand damaged files, and a server that is mistreated.
 
     python dev.py bench abuse -- --part files --count 100000 --seed 0
     python dev.py bench abuse -- --part files --reader "scale set" --count 2000
     python dev.py bench abuse -- --part files --replay "scale set:17" --keep FOLDER
+    python dev.py bench abuse -- --part server --kind kills
 
 Each file is a small valid one with one to three changes, most of which know the file's form. It has
 to be refused in one sentence that names it, or read as an independent reader reads it. Another
 exception, a hang, memory beyond reason, files left behind, a dead process and anything accepted
 that is not what the file holds count as failures. Every file follows from the seed and its number.
 Linux only; one process and one core.
+
+The server's part is in `_server_abuse`: a thousand graphs that are cancelled, two clients at once,
+kill -9 while training and saving, a full disk, and files replaced under a loaded model.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-PARTS = ("files",)
+PARTS = ("files", "server")
 
 
 def files(options: argparse.Namespace) -> tuple[dict, int]:
@@ -66,6 +70,13 @@ def files(options: argparse.Namespace) -> tuple[dict, int]:
     }, failures
 
 
+def server(options: argparse.Namespace) -> tuple[dict, int]:
+    """Mistreat a server; returns numbers and how much was not as it should be."""
+    from quanttune.benchmarks._server_abuse import part
+
+    return part.server(options)
+
+
 def replay(readers: dict, options: argparse.Namespace) -> int:
     """One file again, kept in a folder if one is given; returns 1 if it fails."""
     import tempfile
@@ -103,6 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", metavar="READER:NUMBER", help="one file again")
     parser.add_argument("--keep", metavar="FOLDER", help="where a replayed file goes")
     parser.add_argument("--show", type=int, default=10, help="failures of a reader that are told")
+    parser.add_argument(
+        "--kind",
+        choices=("cycles", "stock", "clients", "kills", "disk", "replaced"),
+        action="append",
+        help="of the server's part; all by default",
+    )
+    parser.add_argument("--cycles", type=int, default=1000, help="graphs queued and cancelled")
     parser.add_argument("--json", metavar="FILE", type=Path)
     options = parser.parse_args(arguments)
     found, failed = {}, 0
@@ -110,7 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[part], failures = globals()[part](options)
         failed += failures
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        # Parts and kinds that were not asked for stay as they were found before.
+        before = json.loads(options.json.read_text("utf-8")) if options.json.exists() else {}
+        if "server" in found:
+            found["server"] = {**before.get("server", {}), **found["server"]}
+        options.json.write_text(json.dumps({**before, **found}, indent=1) + "\n", "utf-8")
     return int(failed > 0)
 
 

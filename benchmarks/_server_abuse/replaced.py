@@ -1,0 +1,174 @@
+"""A model's file is replaced while the model is loaded, and while it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quanttune.devtools.client import RunFailed
+
+from .graphs import UNET_4BIT, Graphs
+
+NAME, LONG = "victim.safetensors", 120
+STARTER = Path(__file__).resolve().parents[2] / "starter" / "quanttune" / UNET_4BIT
+WAYS = ("renamed", "written into")
+
+
+@dataclass
+class Replaced:
+    """What one replacement did.
+
+    Attributes:
+        way: how, of `WAYS`.
+        by: "8 bits", "cut short" or "another architecture".
+        when: "idle" or "running".
+        running: what became of the run that was going on.
+        then: what the next run gave.
+        wrong: what was not as it should be.
+    """
+
+    way: str
+    by: str
+    when: str
+    running: str = ""
+    then: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+
+def others(server) -> dict[str, bytes]:
+    """What the file is replaced by."""
+    client, output = server.client, server.folder / "output" / "quanttune"
+    graphs = Graphs(client.object_info())
+    graph = graphs.starter() | {
+        "quantized": graphs.node(
+            "QuantTuneQuantizeUNet", model=["starter", 0], bits="8", range="minmax"
+        ),
+        "up": graphs.node("QuantTuneLoadUpscaler", precision="8-bit"),
+    }
+    for name, link in (("other8", ["quantized", 0]), ("upscaler", ["up", 0])):
+        graph[name] = graphs.node(
+            "QuantTuneSaveQuantizedUNet", model=link, filename_prefix=f"quanttune/{name}"
+        )
+    client.run(graph)
+    whole = STARTER.read_bytes()
+    return {
+        "8 bits": next(output.glob("other8_*.safetensors")).read_bytes(),
+        "cut short": whole[: len(whole) // 3],
+        "another architecture": next(output.glob("upscaler_*.safetensors")).read_bytes(),
+    }
+
+
+def _picture(server, graph: dict[str, Any]) -> bytes:
+    from .cycles import picture
+
+    return picture(server.client, graph)
+
+
+def replace(path: Path, content: bytes, way: str) -> None:
+    """Put ``content`` in the place of a file, or into the file itself, as `cp` does."""
+    if way == WAYS[0]:
+        fresh = path.with_name(path.name + ".part")
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    else:
+        path.write_bytes(content)
+
+
+def run(
+    start: Callable[[Path], Any],
+    folder: Path,
+    cases: Callable[[str, str, str], bool] = lambda way, by, when: True,
+    say: Callable[[str], None] = print,
+) -> list[Replaced]:
+    """Replace the file of a loaded model in every way; returns what came of each.
+
+    Args:
+        start: starts a server over a folder and waits for it.
+        cases: which are tried, by way, content and moment.
+    """
+    server, found = start(folder), []
+    path = folder / "models" / "quanttune" / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        contents = others(server)
+        shutil.copyfile(STARTER, path)
+        graphs = Graphs(server.client.object_info())
+        right = _picture(server, graphs.loaded(3, NAME))
+        undisturbed = _picture(server, graphs.loaded(3, NAME, steps=LONG))
+        replace(path, contents["8 bits"], WAYS[0])
+        right8 = _picture(server, graphs.loaded(3, NAME))
+        for way in WAYS:
+            for by, content in contents.items():
+                for when in ("idle", "running"):
+                    if not cases(way, by, when):
+                        continue
+                    one = Replaced(way, by, when)
+                    found.append(one)
+                    replace(path, STARTER.read_bytes(), WAYS[0])
+                    if _picture(server, graphs.loaded(3, NAME)) != right:
+                        one.wrong.append("the picture before is another one")
+                    if when == "running":
+                        _while_running(server, graphs, path, content, way, one, undisturbed)
+                    else:
+                        replace(path, content, way)
+                    if server.process.poll() is not None:
+                        server.stop()
+                        server = start(folder)
+                    _after(server, graphs, one, right8 if by == "8 bits" else None)
+                    say(f"{one}")
+    finally:
+        server.stop()
+    return found
+
+
+def _while_running(server, graphs, path, content, way, one, undisturbed) -> None:
+    client = server.client
+    client.post("/free", {"free_memory": True})
+    prompt = client.submit(graphs.loaded(3, NAME, steps=LONG))
+    time.sleep(1.2)
+    replace(path, content, way)
+    try:
+        entry = client.wait(prompt, 120)
+    except (OSError, TimeoutError, ValueError):
+        code = server.process.wait(30)
+        one.running = f"the server ended with signal {-code}"
+        if way == WAYS[0]:
+            one.wrong.append("a renamed file ended the server")
+        return
+    messages = dict(entry["status"]["messages"])
+    if "execution_error" in messages:
+        one.running = messages["execution_error"]["exception_message"].strip()
+        if NAME not in one.running or "\n" in one.running:
+            one.wrong.append("not one sentence that names the file")
+    else:
+        same = _of(client, entry) == undisturbed
+        one.running = "unharmed" if same else "another picture"
+        if not same:
+            one.wrong.append("a wrong picture without a word")
+
+
+def _of(client, entry) -> bytes:
+    from .cycles import pixels
+
+    return pixels(client.image(entry["outputs"]["image"]["images"][0]))
+
+
+def _after(server, graphs, one: Replaced, expected: bytes | None) -> None:
+    """The next run has to see the new file: its picture, or a sentence about it."""
+    try:
+        got = server.client.run(graphs.loaded(3, NAME), timeout=120)
+        same = expected is not None and _of(server.client, got) == expected
+        one.then = "the new model's picture" if same else "a picture"
+        if not same:
+            one.wrong.append("not the new model")
+    except RunFailed as error:
+        one.then = str(error).strip()
+        if expected is not None:
+            one.wrong.append("the new model does not run")
+        if "\n" in one.then:
+            one.wrong.append("not one sentence")
