@@ -235,8 +235,14 @@ def _floats(weight, low_rank, dtype):
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """What was made in inference mode as something that autograd may save; floats share memory."""
-    return tensor.clone() if isinstance(tensor, QuantizedTensor) else torch.from_dlpack(tensor)
+    """What was made in inference mode as something that autograd may save; memory is shared.
+
+    The host moves a MODEL outside that mode when it lets go of it: copying integers there would
+    read all of the file that they are mapped to.
+    """
+    if isinstance(tensor, QuantizedTensor):
+        return tensor._copy_with(qdata=torch.from_dlpack(tensor._qdata))
+    return torch.from_dlpack(tensor)
 
 
 def scaled_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -95,7 +95,7 @@ def savers(graphs: Graphs) -> dict[str, tuple[str, dict[str, Any]]]:
         )
     for form in ("HTML", "Markdown"):
         add(f"report, {form}", "QuantTuneSaveReport", _base(graphs), format=form,
-            report_a="a report. " * 20_000, note="full", filename_prefix="reports/full")  # fmt: skip
+            report_a="a report. " * 20_000, filename_prefix="reports/full")  # fmt: skip
     return found
 
 

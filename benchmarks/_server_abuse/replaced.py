@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,26 +127,36 @@ def run(
 
 
 def _while_running(server, graphs, path, content, way, one, undisturbed) -> None:
-    client = server.client
+    client, told, sampling = server.client, [], threading.Event()
     client.post("/free", {"free_memory": True})
-    prompt = client.submit(graphs.loaded(3, NAME, steps=LONG))
-    time.sleep(1.2)
+
+    def listen(event):
+        data = event.get("data") or {}
+        if event["type"] == "progress" and data.get("node") == "sample" and data["value"] > 4:
+            sampling.set()
+
+    def ask():
+        try:
+            told.append(client.run(graphs.loaded(3, NAME, steps=LONG), on_event=listen))
+        except (RunFailed, OSError) as error:
+            told.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert sampling.wait(120), "the run did not begin"
     replace(path, content, way)
-    try:
-        entry = client.wait(prompt, 120)
-    except (OSError, TimeoutError, ValueError):
+    thread.join(300)
+    if isinstance(told[0], RunFailed):
+        one.running = str(told[0]).strip()
+        if NAME not in one.running or "\n" in one.running:
+            one.wrong.append("not one sentence that names the file")
+    elif isinstance(told[0], OSError):
         code = server.process.wait(30)
         one.running = f"the server ended with signal {-code}"
         if way == WAYS[0]:
             one.wrong.append("a renamed file ended the server")
-        return
-    messages = dict(entry["status"]["messages"])
-    if "execution_error" in messages:
-        one.running = messages["execution_error"]["exception_message"].strip()
-        if NAME not in one.running or "\n" in one.running:
-            one.wrong.append("not one sentence that names the file")
     else:
-        same = _of(client, entry) == undisturbed
+        same = _of(client, told[0]) == undisturbed
         one.running = "unharmed" if same else "another picture"
         if not same:
             one.wrong.append("a wrong picture without a word")

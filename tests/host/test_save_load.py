@@ -1,10 +1,12 @@
 """Save Quantized UNet / Load Quantized UNet / scale files, inside the host."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
+from quanttune.quant import QuantTuneError
 from quanttune.tests.host import models
 from quanttune.tests.host.models import quantize
 
@@ -59,17 +61,45 @@ def test_saving_a_loaded_model_again_gives_the_same_tensors():
         assert a.read() == b.read()
 
 
-def test_the_integers_stay_mapped_to_the_file():
+def test_the_integers_stay_mapped_to_the_file_until_the_host_lets_go_of_them():
     quantized, _ = quantize(models.small_model("SDXL"))
     path = save(quantized)
     loaded = load(path)
-    models.forward(loaded, models.inputs(loaded))
     layer = loaded.model.diffusion_model.out[2]
-    address = layer.weight._qdata.data_ptr()
-    with open("/proc/self/maps") as maps:
-        ranges = [line.split() for line in maps if path in line]
-    spans = [tuple(int(x, 16) for x in r[0].split("-")) for r in ranges]
-    assert any(low <= address < high for low, high in spans)
+
+    def mapped():
+        address = layer.weight._qdata.data_ptr()
+        with open("/proc/self/maps") as maps:
+            ranges = [line.split() for line in maps if path in line]
+        spans = [tuple(int(x, 16) for x in r[0].split("-")) for r in ranges]
+        return any(low <= address < high for low, high in spans)
+
+    models.forward(loaded, models.inputs(loaded))
+    assert mapped()
+    with torch.inference_mode(False):  # as the host's queue does it, between two graphs
+        loaded.detach()
+    assert mapped() and not layer.weight.is_inference()
+    models.forward(loaded, models.inputs(loaded))
+
+
+def test_a_file_that_is_written_into_is_told_and_one_that_is_replaced_is_no_harm():
+    quantized, _ = quantize(models.small_model("SD15"))
+    path = save(quantized)
+    loaded = load(path)
+    inputs = models.inputs(loaded)
+    expected = models.forward(loaded, inputs)
+    shutil.copyfile(path, path + ".part")
+    os.replace(path + ".part", path)
+    assert torch.equal(models.forward(loaded, inputs), expected)
+    loaded = load(path)
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    os.utime(path, (1, 1))
+    with pytest.raises(QuantTuneError, match="was written to while its model was in use"):
+        models.forward(loaded, inputs)
+    with pytest.raises(QuantTuneError, match="was written to while its model was in use"):
+        save(loaded)
 
 
 def test_prediction_type_and_schedule_survive():
