@@ -84,9 +84,11 @@ def convert_qdiffusion(path: str, options: Namespace) -> str:
 
     No more of it is in memory at once than a layer.
     """
+    from .convert_inputs import check_apart
     from .import_qdiffusion import WHAT, check_complete, describe_qdiffusion, doubts
 
     check_target(options.out)
+    check_apart(options.out, [path])
     state = load_qdiffusion(path, options.bits)
     metadata = describe_qdiffusion(state, path)
     if metadata.family not in WHAT:

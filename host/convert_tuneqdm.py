@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..quant import QuantTuneError, save_quantized_unet, save_scale_set
+from .convert_inputs import check_apart
 from .convert_target import check_target
 from .tuneqdm import is_tuneqdm, read_tuneqdm
 
@@ -32,7 +33,9 @@ def convert(path: str | os.PathLike[str], options) -> str:
     told = getattr(options, "scales", None)
     scales_out = Path(told) if told else out.with_name(f"{out.stem}-scales{out.suffix}")
     overwrite = getattr(options, "overwrite", None) is not False
-    _check_scales_target(scales_out, (path, out, getattr(options, "base", None)), overwrite)
+    read = path, getattr(options, "base", None)
+    check_apart(out, read)
+    _check_scales_target(scales_out, out, read, overwrite)
     checkpoint, scales, lines = read_tuneqdm(path, getattr(options, "base", None))
     save_quantized_unet(out, checkpoint.layers, checkpoint.floats, checkpoint.metadata, overwrite)
     save_scale_set(scales_out, scales, overwrite)
@@ -45,12 +48,13 @@ def convert(path: str | os.PathLike[str], options) -> str:
         f"{scales.num_experts} experts.", *lines])
 
 
-def _check_scales_target(target: Path, others, overwrite: bool) -> None:
+def _check_scales_target(target: Path, unet: Path, read, overwrite: bool) -> None:
     """Refuse a place for the scales before anything is read: nothing is lost, or half done."""
     check_target(target, what="target of the scales")
-    if any(other and Path(other).resolve() == target.resolve() for other in others):
-        raise QuantTuneError(f"The scales cannot be written to {target}, which is the source or "
-                             "the target of the UNet; choose another name.")
+    if unet.resolve() == target.resolve():
+        raise QuantTuneError(f"The scales cannot be written to {target}, which is the target of "
+                             "the UNet; choose another name.")
+    check_apart(target, read)
     if target.exists() and not overwrite:
         raise QuantTuneError(f"The file {target} exists already; choose another name or add "
                              "--overwrite.")

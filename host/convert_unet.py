@@ -10,6 +10,7 @@ from ..quant import QuantSpec, QuantTuneError
 from ..quant.safe_file import own_format, read_header
 from ..quant.stream_checkpoint import stream_quantized_unet
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_unpickled
+from .convert_inputs import check_apart
 from .convert_target import check_target
 from .load_unet import plan_quantization
 from .unet_names import find_unet
@@ -84,8 +85,7 @@ def convert_unet(path: str | os.PathLike[str], out: str | os.PathLike[str], spec
     """
     out = os.fspath(out)
     check_target(out)
-    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-        raise QuantTuneError(f"The target {out} is the source itself; choose another name.")
+    check_apart(out, [path])
     plan = plan_quantization(open_unet(path), spec, keep, split_shortcuts)
     done = 0
 

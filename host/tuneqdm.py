@@ -24,6 +24,7 @@ from ..quant.safe_file import written_whole
 from ..quant.tensor_file import PICKLED, open_tensors
 from ..quant.tuneqdm_convert import find_base, from_state, to_state
 from ..quant.tuneqdm_state import TuneqdmState, is_state, load_unpickled, read_state
+from .convert_inputs import check_apart
 from .convert_target import STATE, check_target
 from .describe import model_config
 from .diffusers_files import ModelFolder
@@ -116,6 +117,7 @@ def export_tuneqdm(unet: str | os.PathLike[str] | QuantizedCheckpoint,
     """
     out = Path(out)
     check_target(out, STATE, "target, a state of TuneQDM,")
+    check_apart(out, [given for given in (unet, scales) if isinstance(given, (str, os.PathLike))])
     if not overwrite and out.exists():
         raise QuantTuneError(f"The file {out} exists already; choose another name or allow "
                              "overwriting.")
