@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
-from ..quant.checkpoint import check_float
+from ..quant.checkpoint import is_finite
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
 from .diffusers_files import fault, shards
+from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
 from .unet_names import DIFFUSERS, detect, find_unet, host_names
 from .unet_source import INDEX, SCB, STATE, V_SIGN, settings_beside, unet_metadata
@@ -117,8 +118,9 @@ def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
                 f"The file {os.path.basename(path)} holds '{name}' as {value.dtype} without saying "
                 "how it is quantized; save the model again.")
         # A mark of what a model predicts may be infinite.
-        if name not in PREDICTION_MARKS:
-            check_float(path, name, value)
+        if name not in PREDICTION_MARKS and not is_finite(value):
+            raise QuantTuneError(f"The file {path} has NaN or infinite values in "
+                                 f"'{brief(name)}'; download or save it again.")
     if kind == DIFFUSERS:
         names = host_names([*own, *(f"{n}.weight" for n in layers)])
         marks = {n: own.pop(n) for n in PREDICTION_MARKS & own.keys()}
@@ -147,12 +149,12 @@ def _metadata(path: Path, own: Mapping[str, Tensor], layers: Mapping[str, BnbWei
         return describe_config(config, own, path.name, provenance)
     shapes = {name: tuple(value.shape) for name, value in {**own, **full}.items()
               if name not in PREDICTION_MARKS}
-    family, unet_config = detect(shapes, f"The UNet in {path}")
+    config = settings_beside(path.parent)
+    family, unet_config = detect(shapes, f"The UNet in {path}", config)
     told = {name: own[name] for name in (*PREDICTION_MARKS, V_SIGN) if name in own}
     folder = path.parent
     pipeline = folder.parent if folder.name == "unet" else None
-    made = unet_metadata(shapes, family, unet_config, told, settings_beside(folder), folder,
-                         pipeline)
+    made = unet_metadata(shapes, family, unet_config, told, config, folder, pipeline)
     return replace(made, provenance=provenance)
 
 
@@ -170,7 +172,7 @@ def _four_bit(path: str, name: str, kind: str, tensors: dict) -> BnbWeight:
         offset = float(facts.get("nested_offset", 0.0))
         if not all(type(n) is int for n in (*shape, block, nested_block)):
             raise ValueError("sizes")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise wrong("with an unreadable description") from None
     told = facts.get("quant_type", kind)
     if kind not in FOUR_BIT or told != kind:
@@ -178,18 +180,20 @@ def _four_bit(path: str, name: str, kind: str, tensors: dict) -> BnbWeight:
                     "not know")
     blocks = 64 <= block <= LARGEST_BLOCK and 0 < nested_block <= LARGEST_BLOCK
     if len(shape) != 2 or min(shape) < 1 or not blocks or block & (block - 1):
-        raise wrong(f"of shape {list(shape)} in blocks of {block}")
+        raise wrong(f"of shape {brief(list(shape), 60)} in blocks of {brief(block, 30)}")
     count = shape[0] * shape[1]
     if data is None or data.dtype != torch.uint8 or data.numel() != (count + 1) // 2:
         raise wrong("whose codes do not have the number that its shape says")
     groups = -(-count // block)
     if absmax is None or absmax.numel() != groups:
         raise wrong("without a scale for each block")
-    if code is None or code.numel() != 16 or not _is_standard(code, kind):
+    if code is None or not code.is_floating_point() or code.numel() != 16 or not _is_standard(
+            code, kind):
         raise wrong("with a table of values that is not bitsandbytes' own")
     if nested is not None:
         if (absmax.dtype != torch.uint8 or nested_code is None or nested_code.numel() != 256
-                or nested.numel() != -(-groups // nested_block)):
+                or nested.numel() != -(-groups // nested_block)
+                or not (nested.is_floating_point() and nested_code.is_floating_point())):
             raise wrong("whose scales of scales do not fit")
         # What bitsandbytes' dequantize_blockwise computes.
         each = nested.float().flatten().repeat_interleave(nested_block)[:groups]

@@ -201,12 +201,12 @@ def _metadata(state: TuneqdmState, shapes: Mapping[str, tuple[int, ...]],
         return UNetMetadata(**{key: noted[key] for key in NOTED})
     if isinstance(given, UNetSource):
         return given.metadata
-    family, unet_config = detect(shapes, f"The UNet in {path}")
     pipeline = given or path.parent
     unet = pipeline / "unet"
     if is_unet(pipeline):
         pipeline, unet = pipeline.parent, pipeline
     config = ModelFolder(unet).json("config.json") if is_unet(unet) else None
+    family, unet_config = detect(shapes, f"The UNet in {path}", config)
     return unet_metadata(shapes, family, unet_config, dict(floats), config, unet, pipeline)
 
 

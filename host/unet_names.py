@@ -87,7 +87,8 @@ def host_names(names: Iterable[str]) -> dict[str, str]:
     return {**comfy.utils.unet_to_diffusers(config), CLASS_LABELS: "label_emb.weight"}
 
 
-def detect(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[type, dict]:
+def detect(shapes: Mapping[str, tuple[int, ...]], where: str, config: Mapping | None = None
+           ) -> tuple[type, dict]:
     """The host's family of a UNet, and the arguments of its UNet as far as shapes tell.
 
     Families are known by their full sizes to the host; one of another size is taken for the
@@ -96,35 +97,40 @@ def detect(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[type, dic
     Args:
         shapes: tensor's name in the host, without prefix, to shape.
         where: what to call the UNet in messages.
+        config: of diffusers, if there is one: it tells models on images from those on sizes.
 
     Raises:
         QuantTuneError: no UNet of the Stable Diffusion families.
     """
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
-        config = comfy.model_detection.detect_unet_config(meta, "")
+        found = comfy.model_detection.detect_unet_config(meta, "")
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise QuantTuneError(
             f"{where} is not whole or no Stable Diffusion UNet ({brief(error)} is missing or odd); "
             "download it again or choose another file.") from error
-    if config is None or "model_channels" not in config:
+    if found is None or "model_channels" not in found:
         raise QuantTuneError(f"{where} is no Stable Diffusion UNet; load other models with "
                              "ComfyUI's own loader.")
     if "label_emb.weight" in shapes:
         raise QuantTuneError(f"{where} is an SD x4 upscaler's; load it with 'Load SD 4x "
                              "Upscaler'.")
-    if config.get("use_temporal_attention") or config.get("use_temporal_resblock"):
+    if found.get("use_temporal_attention") or found.get("use_temporal_resblock"):
         raise QuantTuneError(f"{where} is a video model's; load it with ComfyUI's own loader and "
                              "put 'Quantize UNet' behind it.")
-    known = (f for f in comfy.supported_models.models if f.matches(config, meta))
-    return next(known, None) or _like(config), config
+    known = (f for f in comfy.supported_models.models if f.matches(found, meta))
+    return next(known, None) or _like(found, config or {}), found
 
 
-def _like(config: Mapping) -> type:
+def _like(found: Mapping, config: Mapping) -> type:
     """The family that a UNet of unknown size is built like."""
     models = comfy.supported_models
-    if not config.get("adm_in_channels"):
-        return models.SD20 if config["use_linear_in_transformer"] else models.SD15
-    # The refiner alone has blocks without attention at the bottom.
-    bottom = config["transformer_depth"][-1:]
-    return models.SDXLRefiner if bottom == [0] else models.SDXL
+    if not found.get("adm_in_channels"):
+        return models.SD20 if found["use_linear_in_transformer"] else models.SD15
+    depths = found["transformer_depth"]
+    told = config.get("class_embed_type"), config.get("addition_embed_type")
+    # SD2.x on images has attention at the top and none at the bottom; SDXL has none at the top, the
+    # refiner at neither end.
+    if told == ("projection", None) or (told == (None, None) and depths[0] and not depths[-1]):
+        return models.SD21UnclipL
+    return models.SDXLRefiner if depths[0] == depths[-1] == 0 else models.SDXL

@@ -202,7 +202,7 @@ def _of_files(paths: list[Path], name: str, where: str, config: dict | None, fol
                 f"{where} holds '{brief(stored)}' as {file.dtypes[stored]}, so it is quantized "
                 "already by another program; choose an fp32, fp16, bf16 or fp8 file of the model.")
     shapes = {key: file.shapes[stored] for key, (file, stored) in own.items()}
-    family, unet_config = detect(shapes, where)
+    family, unet_config = detect(shapes, where, config)
     source = UNetSource(where, name, UNetMetadata(""), shapes, own, scales)
     told = {mark: file.read(key) for mark, (file, key) in marks.items()}
     if V_SIGN in shapes and issubclass(family, comfy.supported_models.SD20):

@@ -175,6 +175,22 @@ class TestWhatIsSaid:
         assert metadata.model_type == "V_PREDICTION" and metadata.sampling_settings == {
             "zsnr": True}
 
+    @pytest.mark.parametrize("down", [("CrossAttnDownBlock2D", "DownBlock2D"),
+                                      ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")])
+    def test_a_small_unet_on_images(self, down, tmp_path):
+        """One of SD2.x, whose latents have another scale than those of SDXL."""
+        unet = unets.tiny_unet("SD20", down_block_types=down, class_embed_type="projection",
+                               projection_class_embeddings_input_dim=40)
+        folder = unets.save_pipeline(unet, tmp_path / "x")
+        save_file(host_state(folder), tmp_path / "alone.safetensors")
+        sources = [folder]
+        if down[1] == "DownBlock2D":  # with attention everywhere no shape tells
+            sources.append(tmp_path / "alone.safetensors")
+        for path in sources:
+            metadata = open_(path).metadata
+            assert (metadata.family, metadata.latent_format) == ("SD21UnclipL", "SD15")
+            assert metadata.unet_config["adm_in_channels"] == 40
+
     @pytest.mark.parametrize("config, family", [
         ({"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
           "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}, "SD15"),
