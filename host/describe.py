@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 
 import comfy.latent_formats
 import comfy.model_base
@@ -12,6 +11,7 @@ import comfy.supported_models
 import torch
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
+from .lora_keys import brief
 
 LARGEST = 2**24
 """No size, count or setting of a real model is above this."""
@@ -115,6 +115,7 @@ def _check_numbers(value, where: str, tensors: int, name: str) -> None:
         # Each repeated part has tensors of its own in the file.
         last = where.rpartition(".")[2]
         most = tensors if any(word in last for word in COUNTS) else LARGEST
-        if not math.isfinite(value) or abs(value) > most:
-            raise QuantTuneError(f"'{name}' says {where} = {value}, which no model has; the file "
-                                 f"is damaged, {AGAIN}.")
+        # An integer of a file may have more digits than a float has.
+        if value != value or abs(value) > most:
+            raise QuantTuneError(f"'{name}' says {where[:100]} = {brief(value, 60)}, which no "
+                                 f"model has; the file is damaged, {AGAIN}.")

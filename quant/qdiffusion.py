@@ -84,7 +84,7 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
             bits that the file cannot have: too many for what its weights span, or so few that
             most weights would be cut off.
     """
-    if bits is not None and (isinstance(bits, bool) or bits not in SUPPORTED_BITS):
+    if bits is not None and (type(bits) is not int or bits not in SUPPORTED_BITS):
         raise QuantTuneError(f"bits is {bits!r}, but a checkpoint has 2, 3, 4 or 8.")
     archive = TensorArchive(path)
     tensors = _without_prefix(archive)
@@ -233,6 +233,8 @@ class _Reader:
         low, high = (float(v) for v in torch.aminmax(delta))
         if not (low > 0 and math.isfinite(high)):
             raise self.wrong(f"has a {prefix[1:]}delta that is NaN, infinite or not above 0")
+        if low < torch.finfo(torch.float32).tiny:
+            raise self.wrong(f"has a {prefix[1:]}delta of {low:.3g}, which no channel has")
         if high > LARGEST_SCALE:
             raise self.wrong(f"has a {prefix[1:]}delta of {high:.3g}, which no channel has")
         if not bool((zero_point.isfinite() & (zero_point == zero_point.round())).all()):
@@ -283,6 +285,9 @@ class _Reader:
                 low, high = torch.aminmax(own, dim=1)
                 if not bool((low.isfinite() & high.isfinite()).all()):
                     raise self.wrong("has NaN or infinite weights")
+                most = max(-float(low.min()), float(high.max()))
+                if most > LARGEST_SCALE:
+                    raise self.wrong(f"has a weight of size {most:.3g}, which no model has")
                 out[block] = (high - low) / delta[block]
                 if self.declared is not None:
                     # Whichever way alpha rounds: what lies outside by half a step or more.

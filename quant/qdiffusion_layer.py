@@ -65,7 +65,7 @@ class QDiffusionLayer:
         """The integers, ``[out, K]`` uint8.
 
         Raises:
-            QuantTuneError: the file was changed, cannot be read, or an alpha is NaN.
+            QuantTuneError: the file was changed, cannot be read, or an alpha is NaN or infinite.
         """
         let_go(8 * self.numel)  # the blocks of the layer before, or of one much like it
         codes = torch.empty(self.shape[0], self.numel // self.shape[0], dtype=torch.uint8)
@@ -78,10 +78,11 @@ class QDiffusionLayer:
                     part.round_()
                 else:
                     alpha = rounding.alpha.rows(block).flatten(1)
-                    if bool(alpha.isnan().any()):
+                    if not bool(alpha.isfinite().all()):
                         raise QuantTuneError(
-                            f"The layer {self.name} of {self._weight.path} has NaN in its alpha; "
-                            "download the checkpoint again or choose another."
+                            f"The layer {self.name[:100]!r} of {self._weight.path} has NaN or an "
+                            "infinity in its alpha; download the checkpoint again or choose "
+                            "another."
                         )
                     part.floor_().add_(alpha >= 0)
                 part.add_(rounding.zero_point[block, None]).clamp_(0, 2**self.bits - 1)

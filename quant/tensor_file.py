@@ -202,8 +202,8 @@ def load_unpickled(path: str | os.PathLike[str], plain: bool = True) -> object:
         ) from error
     if plain and (odd := _odd(found)):
         raise QuantTuneError(
-            f"The file {path} holds '{odd[:100]}', which is no plain tensor (sparse, quantized or "
-            "without numbers), as no file of weights does; choose another file."
+            f"The file {path} holds '{odd[:100]}', which is no plain tensor (sparse, quantized, "
+            "negated or without numbers), as no file of weights does; choose another file."
         )
     return found
 
@@ -226,6 +226,8 @@ def _odd(found: object) -> str:
             value.layout != torch.strided
             or value.is_quantized
             or value.is_nested
+            or value.is_neg()
+            or value.is_conj()
             or value.device.type != "cpu"
         ):
             return name or "a tensor"

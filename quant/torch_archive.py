@@ -302,6 +302,11 @@ class TensorArchive:
                 f"The file {self.path} holds '{name[:100]}' as a {tensor.layout} tensor, which no "
                 "checkpoint of weights does; choose another file."
             )
+        if tensor.is_neg() or tensor.is_conj():
+            raise QuantTuneError(
+                f"The file {self.path} holds '{name[:100]}' as the negative or the conjugate of "
+                "its numbers, which no checkpoint of weights does; choose another file."
+            )
         if tensor.device.type != "meta":
             return StoredTensor(self, name, tensor, None)
         storage = tensor.untyped_storage()

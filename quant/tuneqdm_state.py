@@ -132,7 +132,7 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
     experts = {t.shape[0] for own in pieces.values() for k, t in own.items()
                if k in (OUT, IN) and t.dim()}
     said = config.get("num_experts", max(experts, default=1))
-    if type(said) is not int or {said} != experts:
+    if type(said) is not int or said < 1 or {said} != experts:
         raise _damaged(path, f"it says {str(said)[:20]} experts and has scales of "
                              f"{', '.join(map(str, sorted(experts))) or 'none'}")
     steps = config.get("total_denoising_steps", DEFAULT_STEPS)

@@ -19,6 +19,7 @@ from quanttune.quant import (
     torch_archive,
 )
 from quanttune.quant.qdiffusion import DOUBTFUL_CUT, MOST_CUT
+from quanttune.quant.tensor_file import load_unpickled
 from quanttune.tests.quant.qdiffusion_files import (
     UNET,
     expected_codes,
@@ -198,6 +199,17 @@ def test_numbers_of_no_model(key, words, tmp_path):
         load_qdiffusion(saved(state, tmp_path))
 
 
+@pytest.mark.parametrize("key", ["input_blocks.0.0.weight", "input_blocks.0.0.bias"])
+def test_numbers_that_are_to_be_negated(key, tmp_path):
+    state = synthetic(4)
+    state[f"model.{key}"] = torch._neg_view(state[f"model.{key}"])
+    path = saved(state, tmp_path)
+    assert torch.load(path, weights_only=True)[f"model.{key}"].is_neg()
+    assert "as the negative" in told(path)
+    with pytest.raises(QuantTuneError, match="no plain tensor"):
+        load_unpickled(path)
+
+
 def test_complex_biases(tmp_path):
     state = synthetic(4)
     state[f"model.{LINEAR}.bias"] = state[f"model.{LINEAR}.bias"].to(torch.complex64)
@@ -283,6 +295,13 @@ SPOILED = {
     "NaN zero point": (f"{CONV_KEY}.zero_point", torch.full((8, 1, 1, 1), torch.nan), "whole"),
     "NaN weights": ("model.input_blocks.0.0.weight", torch.full((8, 4, 3, 3), torch.nan), "NaN"),
     "NaN alpha": (f"{CONV_KEY}.alpha", torch.full((8, 4, 3, 3), torch.nan), "NaN"),
+    "infinite alpha": (f"{CONV_KEY}.alpha", torch.full((8, 4, 3, 3), torch.inf), "infinity"),
+    "steps of no channel": (f"{CONV_KEY}.delta", torch.full((8, 1, 1, 1), 1e-42), "no channel"),
+    "weights of no model": (
+        "model.input_blocks.0.0.weight",
+        torch.full((8, 4, 3, 3), 1e30),
+        "which no model has",
+    ),
     "NaN bias": ("model.input_blocks.0.0.bias", torch.full((8,), torch.nan), "NaN"),
 }
 
@@ -298,6 +317,11 @@ def test_a_spoiled_file_is_told_in_one_sentence(case, tmp_path):
     message = told(saved(state, tmp_path))
     assert words in message
     assert key.removeprefix("model.").partition(".weight")[0] in message or "bias" in message
+
+
+@pytest.mark.parametrize("bits", [4.0, True, "4", 5])
+def test_bits_of_another_kind(bits, tmp_path):
+    assert "a checkpoint has 2, 3, 4 or 8" in told(saved(synthetic(4), tmp_path), bits)
 
 
 def test_a_2_bit_file_declared_8_is_refused(tmp_path):

@@ -263,6 +263,14 @@ class TestPieces:
         assert written(path, {"delta_state": own}).layers["fc"].s_out.dtype == torch.float32
 
 
+def test_a_state_of_no_experts(path):
+    state = authors_state(Net(), 8, 2)
+    for key, value in state["delta_state"].items():
+        if key.endswith("_experts"):
+            state["delta_state"][key] = value[:0]
+    refused(path, {**state, "config": {**state["config"], "num_experts": 0}}, "says 0 experts")
+
+
 class TestBase:
     """The float model that the training began with."""
 
