@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
@@ -11,11 +12,14 @@ import folder_paths
 from ..quant import QuantTuneError
 from ..quant.safe_file import own_format, read_header
 from ..quant.tensor_file import PICKLED, SAFETENSORS
-from .folders import file_state
+from .bnb_file import SHARD
+from .diffusers_files import shards
+from .folders import STATES, file_state
 from .lora_keys import brief
 from .model_places import INDEX, model_folders, single_files
 from .unet_names import find_unet
-from .unet_source import UNET_CLASS
+from .unet_source import INDEX as SHARDS
+from .unet_source import SCHEDULER, UNET_CLASS
 from .upscaler_files import CHANNELS
 
 NONE = "(none found)"
@@ -66,6 +70,27 @@ def unet_state(name: str) -> str:
         return f"{path} {file_state(str(path))}"
     files = [p for part in (".", "unet", "scheduler") if (path / part).is_dir()
              for p in sorted((path / part).iterdir()) if p.is_file()]
+    return _states(files)
+
+
+def quantized_unet_state(path: str | os.PathLike[str]) -> str:
+    """What changes when a quantized UNet's file is replaced, or one that is read with it.
+
+    Those are the other shards of a model, the settings beside it, and the ``unet`` folder beside a
+    state of TuneQDM.
+    """
+    path = Path(path)
+    folder, match = path.parent, SHARD.fullmatch(path.name)
+    files = {path, *folder.glob("*.json"), folder / SCHEDULER, folder.parent / SCHEDULER}
+    index = folder / f"{match[1]}.safetensors{SHARDS}" if match else path
+    if index.name.endswith(SHARDS):
+        files |= set(shards(index)[0])
+    if path.suffix.lower() in STATES:
+        files |= set((folder / "unet").glob("*"))
+    return _states(sorted(file for file in files if file == path or file.is_file()))
+
+
+def _states(files: Iterable[Path]) -> str:
     return "\n".join(f"{file} {file_state(str(file))}" for file in files)
 
 

@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..host import folders
 from ..host.dynamic_int8 import load_ready
 from ..host.save import save_for_stock, save_model
+from ..host.unet_files import quantized_unet_state
 from .shown import shown_model
 
 
@@ -41,7 +42,7 @@ class LoadQuantizedUNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name, bits="auto"):
-        return folders.file_state(folders.unet_path(unet_name))
+        return quantized_unet_state(folders.unet_path(unet_name))
 
     @classmethod
     def execute(cls, unet_name, bits="auto") -> io.NodeOutput:

@@ -61,3 +61,16 @@ def test_scales_on_a_float_model(nodes, model):
         assert "close to that" in str(routed.ui)
         assert models.relative(models.forward(routed.args[0], arguments), base) > 1e-3
         assert torch.equal(models.forward(model, arguments), base)
+
+
+def test_a_quantized_unet_is_loaded_again_when_its_settings_change(nodes, host_folders):
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths("quanttune")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.safetensors").write_bytes(b"")
+    state = nodes["QuantTuneLoadQuantizedUNet"].fingerprint_inputs
+    before = state(unet_name="a.safetensors")
+    assert before == state(unet_name="a.safetensors", bits="4")
+    (folder / "config.json").write_text("{}")
+    assert before != state(unet_name="a.safetensors")
