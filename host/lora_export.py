@@ -60,7 +60,7 @@ def save_in_format(lora: Mapping[str, Tensor], form: str, prefix: str, dtype: st
     if model is None:
         raise QuantTuneError(f"The {form} format names layers as they are in the model; connect "
                              "the MODEL that the LoRA is for.")
-    parts = by_part(import_lora(lora, model, clip), model, clip)
+    parts = by_part(import_lora(lora, model, clip, train=False), model, clip)
     path = output_path(prefix, "", example="loras/my_lora")
     with written_folder(path) as folder:
         write = _write_diffusers if form == DIFFUSERS else _write_peft

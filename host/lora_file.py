@@ -67,7 +67,8 @@ def export_lora(layers: Mapping[str, LoraLayer], model, clip=None,
 
 
 def import_lora(lora: Mapping[str, Tensor], model, clip=None,
-                name: str = "", notes: bool = True) -> dict[str, LoraLayer]:
+                name: str = "", notes: bool = True, train: bool = True
+                ) -> dict[str, LoraLayer]:
     """The layers of a LoRA by the host's names, to train on or to look at.
 
     Reads plain LoRA and DoRA under every name that ComfyUI knows, and those of peft's and
@@ -81,6 +82,7 @@ def import_lora(lora: Mapping[str, Tensor], model, clip=None,
         clip: CLIP or None; without one layers of text encoders are left out.
         name: for messages; by default the LoRA's own.
         notes: whether the log says that layers of text encoders are left out.
+        train: whether it is to be trained on, and more rank than a layer has is refused.
 
     Raises:
         QuantTuneError: as `lora_fit.fit_lora`; and adapters that are no LoRA, or more rank than
@@ -105,7 +107,8 @@ def import_lora(lora: Mapping[str, Tensor], model, clip=None,
             layer = key.removesuffix(".weight")
             try:
                 layers[layer] = _joined([_plain(*part, shapes[key]) for part in parts])
-                layers[layer].check_rank()
+                if train:
+                    layers[layer].check_rank()
             except QuantTuneError as error:
                 raise QuantTuneError(f"'{name}', layer '{layer}': {error}") from error
     if not layers:

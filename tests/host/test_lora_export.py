@@ -115,7 +115,8 @@ def test_peft(family, options):
 
 @pytest.mark.parametrize("form,name", [("diffusers", "pytorch_lora_weights.safetensors"),
                                        ("peft", "adapter_model.safetensors")])
-@pytest.mark.parametrize("options", [{}, {"dora": True}])
+@pytest.mark.parametrize("options", [
+    {}, {"dora": True}, {"rank": 5}])  # more than the last layer has outputs
 def test_they_are_read_back(form, name, options):
     from quanttune.host.apply_lora import apply_lora
     from quanttune.host.lora_file import read_lora
