@@ -173,6 +173,9 @@ def _of_files(paths: list[Path], name: str, where: str, config: dict | None, fol
             raise QuantTuneError(f"The file {file.path} was written by QuantTune; load it with "
                                  "'Load Quantized UNet' or 'Load TuneQDM Scales'.")
     places = {key: (file, key) for file in files for key in file.shapes}
+    twice = next((k for file in files for k in file.shapes if places[k][0] is not file), None)
+    if twice is not None:
+        raise QuantTuneError(f"{where} has '{brief(twice)}' in two of its files; {AGAIN}.")
     if any(key.endswith(".weight_int") for key in places):
         raise QuantTuneError(f"{where} holds the integers of TuneQDM; choose the file "
                              "tuneqdm_state.pt that lies beside it.")

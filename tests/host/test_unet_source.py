@@ -305,6 +305,14 @@ class TestRefused:
                   path)
         told("holds a tensor 'mid_block.odd'", open_, path)
 
+    def test_a_tensor_in_two_shards(self, saved, tmp_path):
+        names = {"a.safetensors": saved[2], "b.safetensors": {"out.0.bias": torch.zeros(32)}}
+        for name, state in names.items():
+            save_file(state, tmp_path / name)
+        index = tmp_path / "m.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict(zip("ab", names))}))
+        told("has 'out.0.bias' in two of its files", open_, index)
+
     def test_quantized_already(self, saved, tmp_path):
         path, key = tmp_path / "a.safetensors", "out.2.weight"
         layer = key.removesuffix(".weight")
