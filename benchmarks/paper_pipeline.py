@@ -223,9 +223,9 @@ def _only_first(count: int) -> None:
 
     from quanttune.host import tiled_decode, tiles
 
-    tiles_of, thinned = tiles.Tiling.__iter__, tiled_decode._thinned
+    tiles_of, batches = tiles.Tiling.__iter__, tiled_decode._batches
     tiles.Tiling.__iter__ = lambda self: islice(tiles_of(self), count)
-    tiled_decode._thinned = lambda *arguments: islice(thinned(*arguments), count)
+    tiled_decode._batches = lambda *arguments: islice(batches(*arguments), count)
 
 
 def _upscaler(way: str, dtype):

@@ -30,14 +30,22 @@ class SharedNorms:
         self.sums: dict[torch.nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Note the statistics of each forward inside; they count alike."""
-        hooks = [norm.register_forward_pre_hook(self._note) for norm in self.norms]
+    def measured(self, margins: tuple[float, float] = (0, 0)) -> Iterator[None]:
+        """Note the statistics of each forward inside; they count alike.
+
+        The pictures of a batch are normed together, as if they were parts of one.
+
+        Args:
+            margins: the share of rows and of columns at either end of each picture that does not
+                count, since what borders do to it is nothing of the whole picture's.
+        """
+        for norm in self.norms:
+            norm.forward = _Measured(self, norm, margins)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for norm in self.norms:
+                del norm.forward
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -52,13 +60,27 @@ class SharedNorms:
             for norm in held:
                 del norm.forward
 
-    def _note(self, norm: torch.nn.GroupNorm, inputs: tuple[torch.Tensor]) -> None:
-        x = inputs[0]
-        variance, mean = torch.var_mean(x.reshape(x.shape[0], norm.num_groups, -1).float(), -1,
-                                        correction=0)
-        mean, square = mean.mean(0), (variance + mean ** 2).mean(0)
+    def note(self, norm: torch.nn.GroupNorm, mean: torch.Tensor, square: torch.Tensor) -> None:
+        """Count the mean and mean square of each group, ``[groups]``, with those of ``norm``."""
         count, *sums = self.sums.get(norm, (0, 0, 0))
         self.sums[norm] = (count + 1, sums[0] + mean, sums[1] + square)
+
+
+class _Measured:
+    """A group norm's forward over a whole batch, which notes its statistics."""
+
+    def __init__(self, norms: SharedNorms, norm: torch.nn.GroupNorm, margins: tuple[float, float]):
+        self.norms, self.norm, self.margins = norms, norm, margins
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        inner = x
+        for dim, share in zip((-2, -1), self.margins):
+            cut = int(x.shape[dim] * share)
+            inner = inner.narrow(dim, cut, x.shape[dim] - 2 * cut)
+        groups = inner.unflatten(1, (self.norm.num_groups, -1)).transpose(0, 1).flatten(1).float()
+        variance, mean = torch.var_mean(groups, -1, correction=0)
+        self.norms.note(self.norm, mean, variance + mean ** 2)
+        return _Held(self.norm, mean, variance + mean ** 2)(x)
 
 
 class _Held:

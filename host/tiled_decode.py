@@ -2,12 +2,14 @@
 
 A decoder's group norms take their statistics over all they see, so tiles decoded by themselves come
 out in tones of their own, which blending only hides. Here they all use one set of statistics,
-measured beforehand on the whole latent, thinned out.
+measured beforehand on pieces from all over the latent, or on all of a small one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import comfy.model_management
 import torch
@@ -21,8 +23,12 @@ LARGEST_TILE = 64
 """Latents a side: the attention in the middle of the decoder grows with the fourth power of it."""
 OVERLAP = 8
 """Latents that neighbours share."""
-THINNED = 4
-"""Every so many latents one is looked at to measure statistics; of smaller pictures, more."""
+SAMPLE = 16
+"""Latents a side of the pieces of a picture that statistics are measured on."""
+SAMPLES = 4
+"""How many batches of pieces are looked at, each as large as the largest tile."""
+MARGIN = 0.25
+"""The share of a piece at either end that does not count, as the decoder sees a border there."""
 
 
 def decode_tiling(height: int, width: int, tile: int | None, scale: int) -> Tiling:
@@ -44,7 +50,7 @@ def decode_tiling(height: int, width: int, tile: int | None, scale: int) -> Tili
 
 def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
                 tile_done: Callable[[], None] = lambda: None) -> None:
-    """Decode one latent; beside ``picture`` only a tile's worth of memory is used.
+    """Decode one latent; beside ``picture`` only the largest tile's worth of memory is used.
 
     Args:
         picture: ``[height, width, 3]`` float32, zeros; receives values in 0..1.
@@ -59,7 +65,8 @@ def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
         tile_done()
         return
     scale = vae.spacial_compression_decode()
-    shape = (1, latent.shape[1], *(side // scale for side in tiles.shape))
+    # Statistics take the largest tile's worth, however small the tiles are.
+    shape = (1, latent.shape[1], LARGEST_TILE, LARGEST_TILE)
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=vae.memory_used_decode(shape, vae.vae_dtype),
         force_full_load=vae.disable_offload)
@@ -71,8 +78,9 @@ def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
 
     with device_context(vae.device):
         norms = SharedNorms(vae.first_stage_model)
-        with norms.measured():
-            for source in _thinned(latent, shape[2:]):
+        sources, margins = _samples(latent)
+        with norms.measured(margins):
+            for source in sources:
                 decode(source)
                 give_back()
         with norms.applied():
@@ -85,16 +93,50 @@ def decode_into(picture: torch.Tensor, vae, latent: torch.Tensor, tiles: Tiling,
     picture.clamp_(0, 1)  # weights sum to one but for their last bit
 
 
-def _thinned(latent: torch.Tensor, most: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """Equal parts of a latent, each with so few of its rows and columns that it is no larger than
-    ``most``, the size of a tile."""
-    rows, columns = ([part[((torch.arange(min(side, len(part))) + 0.5) * len(part)
-                            / min(side, len(part))).long()]
-                      for part in torch.arange(length).chunk(-(-length // (THINNED * side)))]
-                     for length, side in zip(latent.shape[2:], most))
-    for row in rows:
-        for column in columns:
-            yield latent[:, :, row][..., column]
+def _samples(latent: torch.Tensor) -> tuple[Iterable[torch.Tensor], tuple[float, float]]:
+    """What of a latent its statistics are measured on, and the margins that do not count.
+
+    Where the latent is no larger than the largest tile, that is all of it; else it is `SAMPLES`
+    batches ``[pieces, channels, SAMPLE or less, SAMPLE or less]``, each with as many latents as the
+    largest tile has: untouched, so that detail stays what it is; spread over the whole latent, one
+    piece at random in each of its equal parts, the same ones every time. Pieces that reach over the
+    latent's ends are mirrored there, so that all places count alike.
+
+    Args:
+        latent: ``[1, channels, rows, columns]``.
+    """
+    size = latent.shape[2:]
+    if size.numel() <= LARGEST_TILE ** 2:
+        return [latent], (0, 0)
+    return _batches(latent), tuple(MARGIN * (side > SAMPLE) for side in size)
+
+
+def _batches(latent: torch.Tensor) -> Iterator[torch.Tensor]:
+    size = latent.shape[2:]
+    generator = torch.Generator().manual_seed(0)
+    most = LARGEST_TILE ** 2 // math.prod(min(SAMPLE, side) for side in size)
+    short = min(range(2), key=lambda axis: size[axis])
+    counts = [max(1, min(LARGEST_TILE, size[short]) // SAMPLE)] * 2
+    counts[1 - short] = most // counts[short]
+    for _ in range(SAMPLES):
+        pieces = []
+        for part in itertools.product(*map(range, counts)):
+            piece = latent
+            for dim, at, count, where in zip((2, 3), part, counts,
+                                             torch.rand(2, generator=generator).tolist()):
+                side = latent.shape[dim]
+                index = _around(int((at + where) / count * side), side)
+                piece = piece.index_select(dim, index.to(piece.device))
+            pieces.append(piece)
+        yield torch.cat(pieces)
+
+
+def _around(centre: int, size: int) -> torch.Tensor:
+    """The `SAMPLE` places around one of a side, mirrored at its ends, or all where it has fewer."""
+    if size <= SAMPLE:
+        return torch.arange(size)
+    index = (torch.arange(SAMPLE) + centre - SAMPLE // 2).abs()
+    return size - 1 - (size - 1 - index).abs()
 
 
 def _shrunk(pixels: slice, scale: int) -> slice:

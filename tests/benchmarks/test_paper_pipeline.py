@@ -41,7 +41,7 @@ def test_the_first_tiles_are_compared_with_the_first_tiles():
 def test_only_the_first_tiles(comfy_inprocess, monkeypatch):
     from quanttune.host import tiled_decode, tiles
 
-    for place, name in ((tiles.Tiling, "__iter__"), (tiled_decode, "_thinned")):
+    for place, name in ((tiles.Tiling, "__iter__"), (tiled_decode, "_batches")):
         monkeypatch.setattr(place, name, getattr(place, name))
     plan = tiles.tiling(100, 100, 30, 5)
     assert len(list(plan)) == 16
