@@ -52,7 +52,7 @@ class ModelFolder:
         if what := fault(path):
             raise self.unfinished(f"{name} {what}")
         try:
-            value = json.loads(path.read_text("utf-8"))
+            value = json.loads(path.read_text("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise self.unfinished(f"{name} cannot be read ({brief(error)})") from error
         if not isinstance(value, dict):
@@ -147,7 +147,7 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
     if what := fault(index):
         return [], f"{index.name} {what}"
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values()))
         plain = all(Path(name).name == name and Path(name).suffix in (".safetensors", ".bin")
                     for name in names)
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):

@@ -17,7 +17,14 @@ from .explain import explained
 from .tiled_decode import decode_into, decode_tiling
 from .tiled_sampling import TiledSampling
 from .tiles import Tiling, mirrored, padded, tiling
-from .upscale_inputs import SCALE, check_conditioning, check_image, check_models, check_settings
+from .upscale_inputs import (
+    SCALE,
+    check_conditioning,
+    check_image,
+    check_models,
+    check_patches,
+    check_settings,
+)
 
 GRID = 8
 """The UNet halves its input three times, so latents and tiles have multiples of this as sides."""
@@ -59,10 +66,11 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
     check_models(model, vae)
     image = check_image(image)
     check_settings(model, noise_level=noise_level, steps=steps, sampler=sampler,
-                   scheduler=scheduler, tile_size=tile_size, overlap=overlap)
-    check_conditioning(model, positive, negative)
+                   scheduler=scheduler, tile_size=tile_size, overlap=overlap, cfg=cfg)
+    positive, negative = check_conditioning(model, positive, negative)
     count, height, width, channels = image.shape
     tiles = tiling(padded(height, GRID), padded(width, GRID), tile_size, overlap, GRID)
+    check_patches(model, len(tiles))
     decoding = decode_tiling(padded(height, GRID), padded(width, GRID),
                              tile_size if tile_vae else None, SCALE)
     host = comfy.samplers.KSampler(model, steps, model.load_device, sampler, scheduler, 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import comfy.model_base
@@ -70,12 +71,18 @@ def check_image(image) -> torch.Tensor:
 
 
 def check_settings(model, *, noise_level: int, steps: int, sampler: str, scheduler: str,
-                   tile_size: int, overlap: int) -> None:
+                   tile_size: int, overlap: int, cfg: float) -> None:
     """Raise QuantTuneError for what the node's own ranges do not already keep away."""
     most = model.model.noise_augmentor.max_noise_level
     if not 0 <= noise_level <= most:
         raise QuantTuneError(f"The noise_level is {noise_level}, but it has to be from 0 to "
                              f"{most}.")
+    levels = getattr(model.model.diffusion_model, "num_classes", None)
+    if isinstance(levels, int) and noise_level >= levels:
+        raise QuantTuneError(f"The noise_level is {noise_level}, but this upscaler was trained for "
+                             f"levels below {levels}; set noise_level to at most {levels - 1}.")
+    if not math.isfinite(cfg):
+        raise QuantTuneError(f"The cfg is {cfg}; set a number, 9 suits most images.")
     if steps < 1:
         raise QuantTuneError(f"The steps are {steps}; at least one is needed.")
     if sampler not in comfy.samplers.KSampler.SAMPLERS:
@@ -105,8 +112,7 @@ def conditioning(clip, prompt: str, negative_prompt: str, positive, negative,
     for name, text, given in (("positive", prompt, positive),
                               ("negative", negative_prompt, negative)):
         if given is not None:
-            if not len(given):
-                raise _empty(name)
+            _check_form(name, given)
             found.append(list(given))
         elif clip is not None:
             found.append(list(clip.encode_from_tokens_scheduled(clip.tokenize(text))))
@@ -118,16 +124,28 @@ def conditioning(clip, prompt: str, negative_prompt: str, positive, negative,
     return found[0], found[1]
 
 
-def check_conditioning(model, positive: Sequence, negative: Sequence) -> None:
-    """Raise QuantTuneError for a conditioning of another model, or one that tiles cannot follow."""
+def check_conditioning(model, positive: Sequence, negative: Sequence) -> tuple[list, list]:
+    """The two, or QuantTuneError for one of another model, or one that tiles cannot follow.
+
+    What belongs to places of the picture and is None is left out, as the host would stumble on it.
+    """
     needed = model.model.model_config.unet_config.get("context_dim")
     for name, conds in (("positive", positive), ("negative", negative)):
-        if not len(conds):
-            raise _empty(name)
+        _check_form(name, conds)
         for embedding, extra in conds:
-            if not isinstance(embedding, torch.Tensor) or embedding.ndim != 3:
-                raise QuantTuneError(f"The {name} conditioning holds no prompt that a text encoder "
-                                     "has read; connect 'CLIP Text Encode', or nothing.")
+            if embedding.layout is not torch.strided:
+                raise QuantTuneError(f"The {name} conditioning is sparse; make it dense where it "
+                                     "comes from, or connect 'CLIP Text Encode'.")
+            if not embedding.numel():
+                raise QuantTuneError(f"The {name} conditioning is empty ({list(embedding.shape)}); "
+                                     "connect 'CLIP Text Encode', or nothing.")
+            if not bool(embedding.isfinite().all()):
+                raise QuantTuneError(f"The {name} conditioning holds NaN or infinite values; check "
+                                     "what makes it, or get its text encoder again.")
+            strength = extra.get("strength")
+            if isinstance(strength, (int, float)) and not math.isfinite(strength):
+                raise QuantTuneError(f"The {name} conditioning has a strength of {strength}; set a "
+                                     "number, 1 for its full strength.")
             for key, told in NOT_CROPPED.items():
                 if extra.get(key) is not None:
                     raise QuantTuneError(f"The {name} conditioning has {told}, which cannot be "
@@ -136,6 +154,38 @@ def check_conditioning(model, positive: Sequence, negative: Sequence) -> None:
                 raise QuantTuneError(
                     f"The {name} prompt was read by a text encoder of width {embedding.shape[-1]}, "
                     f"but this upscaler needs {needed}; connect the CLIP that belongs to it.")
+    return tuple([[embedding, {key: value for key, value in extra.items()
+                               if value is not None or key not in NOT_CROPPED}]
+                  for embedding, extra in conds] for conds in (positive, negative))
+
+
+def check_patches(model, tiles: int) -> None:
+    """Raise QuantTuneError for a patch of the model that is wrong where there are several tiles."""
+    patches = model.model_options.get("sampler_post_cfg_function", ())
+    if tiles > 1 and any(getattr(patch, "__qualname__", "").startswith("SelfAttentionGuidance.")
+                         for patch in patches):
+        raise QuantTuneError(
+            "The model is patched by 'Self-Attention Guidance', which would apply the attention of "
+            "the last tile to the whole image; take that node out, or set tile_size to the image's "
+            "longer side.")
+
+
+def _check_form(name: str, conds) -> None:
+    """Raise QuantTuneError for what has not a CONDITIONING's form."""
+    advice = "connect 'CLIP Text Encode', or nothing"
+    if not isinstance(conds, (list, tuple)):
+        raise QuantTuneError(f"What is connected to '{name}' is no CONDITIONING but "
+                             f"{type(conds).__name__}; {advice}.")
+    if not len(conds):
+        raise _empty(name)
+    for cond in conds:
+        if not isinstance(cond, (list, tuple)) or len(cond) != 2 or not isinstance(cond[1], dict):
+            raise QuantTuneError(f"An entry of the {name} conditioning is not a prompt with its "
+                                 f"settings; {advice}.")
+        embedding = cond[0]
+        if not isinstance(embedding, torch.Tensor) or embedding.ndim != 3:
+            raise QuantTuneError(f"The {name} conditioning holds no prompt that a text encoder "
+                                 f"has read; {advice}.")
 
 
 def _empty(name: str) -> QuantTuneError:

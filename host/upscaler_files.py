@@ -163,7 +163,7 @@ def _is_upscaler(folder: str) -> bool:
     for name, key, wanted in ((INDEX, "_class_name", PIPELINE),
                               ("unet/config.json", "in_channels", CHANNELS)):
         try:
-            return json.loads(Path(folder, name).read_text("utf-8")).get(key) == wanted
+            return json.loads(Path(folder, name).read_text("utf-8-sig")).get(key) == wanted
         except (OSError, ValueError, RecursionError, AttributeError):
             continue
     return False

@@ -34,6 +34,7 @@ def test_bad_settings(parts):
         "0 to 350": {"noise_level": 351}, "at least one": {"steps": 0},
         "overlap of 64": {"overlap": 64}, "is -8, but tiles share 0": {"overlap": -8},
         "at least 64": {"tile_size": 32, "overlap": 0},
+        "cfg is nan": {"cfg": float("nan")},
         "no sampler 'x'": {"sampler": "x"}, "no scheduler 'x'": {"scheduler": "x"},
     }.items():
         with pytest.raises(QuantTuneError, match=match):
@@ -113,3 +114,59 @@ def test_words_or_conditioning(comfy_inprocess):
                              }.items():
         with pytest.raises(QuantTuneError, match=match):
             conditioning(*arguments)
+
+
+def test_what_is_no_conditioning(parts):
+    from quanttune.host.upscale import upscale
+    from quanttune.host.upscale_inputs import conditioning
+    from quanttune.quant import QuantTuneError
+
+    (read, _), = prompt()
+    forms = {"no CONDITIONING but dict": {"a": 1}, "no CONDITIONING but str": "hello",
+             "no CONDITIONING but int": 5}
+    for form in ([[read, None]], [[read]], [[read, {}, 1]], [5], ["hello"]):
+        forms[f"not a prompt with its settings.{len(forms)}"] = form
+    for match, form in forms.items():
+        match = match.split(".")[0]
+        with pytest.raises(QuantTuneError, match=match):
+            conditioning(None, "", "", form, None, 1.0)
+        with pytest.raises(QuantTuneError, match=match) as caught:
+            upscale(*parts, image(8, 8), prompt(), form)
+        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    for match, embedding in {
+        r"is empty \(\[0, 7, 32\]\)": read[:0].expand(0, 7, 32), "is empty": read[:, :0],
+        "NaN": read * torch.nan, "infinite": read / 0, "sparse": read.to_sparse(),
+    }.items():
+        with pytest.raises(QuantTuneError, match=f"positive conditioning .*{match}"):
+            upscale(*parts, image(8, 8), [[embedding, {}]], prompt())
+    with pytest.raises(QuantTuneError, match="strength of nan"):
+        upscale(*parts, image(8, 8), [[read, {"strength": torch.nan}]], prompt())
+
+
+def test_places_that_are_none_are_left_out(parts):
+    from quanttune.host.upscale_inputs import NOT_CROPPED, check_conditioning
+
+    extra = {**dict.fromkeys(NOT_CROPPED), "pooled_output": None}
+    found = check_conditioning(parts[0], [[prompt()[0][0], extra]], prompt())
+    assert found[0][0][1] == {"pooled_output": None}
+
+
+def test_a_noise_level_that_the_model_has_no_class_for(parts, monkeypatch):
+    from quanttune.quant import QuantTuneError
+
+    monkeypatch.setattr(parts[0].model.diffusion_model, "num_classes", 100)
+    with pytest.raises(QuantTuneError, match="is 100, but .* below 100; set .* at most 99"):
+        run(parts, image(8, 8), noise_level=100)
+    run(parts, image(8, 8), noise_level=99, steps=1)
+
+
+def test_self_attention_guidance_sees_one_tile_only(parts):
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+
+    from quanttune.quant import QuantTuneError
+    from quanttune.tests.harness.inprocess import run_node
+
+    model, vae = parts
+    patched = run_node(SelfAttentionGuidance, model=model, scale=0.5, blur_sigma=2.0).args[0]
+    with pytest.raises(QuantTuneError, match="'Self-Attention Guidance'.* tile_size"):
+        run((patched, vae), image(72, 64), steps=1)

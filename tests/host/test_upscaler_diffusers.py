@@ -143,6 +143,29 @@ class TestForms:
         ours = load_folder_vae(str(upscaler_folder)).model.decode(latent)
         assert models.relative(ours, upscaler_pipeline.vae.decode(latent).sample) < 1e-5
 
+    def test_a_vae_whose_attention_is_written_as_convolutions(self, upscaler_folder):
+        from safetensors.torch import load_file, save_file
+
+        from quanttune.host.upscaler_diffusers import read_vae
+
+        path = upscaler_folder / "vae" / WEIGHTS
+        expected, state = read_vae(upscaler_folder).state, load_file(path)
+        save_file({key: value[..., None, None] if "attentions." in key and value.ndim == 2
+                   else value for key, value in state.items()}, path)
+        found = read_vae(upscaler_folder).state
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+    def test_settings_that_begin_with_a_byte_order_mark(self, upscaler_folder):
+        from quanttune.host.upscaler_diffusers import check_pipeline, read_unet
+        from quanttune.host.upscaler_files import _is_upscaler
+
+        expected = read_unet(upscaler_folder).config
+        for path in upscaler_folder.rglob("*.json"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert check_pipeline(upscaler_folder) and read_unet(upscaler_folder).config == expected
+        assert _is_upscaler(str(upscaler_folder))
+
     @pytest.mark.parametrize("prefix", ["", "text_model."])
     def test_a_text_encoder_with_and_without_the_prefix(self, prefix, upscaler_folder):
         from safetensors.torch import load_file, save_file
