@@ -55,7 +55,7 @@ def heads():
 def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_page, comfy_server):
     open_templates(frontend_page)
     found, wide = [], {}
-    for _ in range(60):  # cards come, and their pictures are loaded, while one scrolls
+    for _ in range(300):  # cards come, and their pictures are loaded, while one scrolls
         found = cards(frontend_page)
         for card in found:
             wide[card["name"]] = max(card["wide"], wide.get(card["name"], 0))
