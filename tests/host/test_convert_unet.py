@@ -116,7 +116,7 @@ class TestRefused:
         path = tmp_path / "a.safetensors"
         save_file(host_state(folder), path)
         before = path.read_bytes()
-        told("is the source itself", convert, path, path)
+        told("is a file that is read", convert, path, path)
         other = shutil.copy(path, tmp_path / "b.safetensors")
         told("exists already", convert_unet, path, other, QuantSpec(4), "none", True, False)
         assert path.read_bytes() == before
