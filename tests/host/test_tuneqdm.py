@@ -261,7 +261,7 @@ class TestHostile:
         told("exists already", lambda: convert(tmp_path / "dog" / STATE, tmp_path / "a.safetensors",
                                                overwrite=False))
         for scales, why in (("a.txt", "target of the scales .* does not end in"),
-                            ("b.safetensors", "source or the target")):
+                            ("b.safetensors", "the target of the UNet")):
             told(why, lambda name=scales: convert(tmp_path / "dog" / STATE,
                                                   tmp_path / "b.safetensors",
                                                   scales=str(tmp_path / name)))
