@@ -384,7 +384,8 @@ def test_a_damaged_state_says_so(damage, tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda state: state["scales"][0].view(-1)[0].fill_(float("nan")),
     lambda state: state["optimizers"][0]["state"][0]["exp_avg"].fill_(float("inf")),
-    lambda state: state.update(scales=[t.view(-1)[:1].expand(t.shape) for t in state["scales"]]),
+    lambda state: state.update(
+        scales=[t.view(-1)[:1].clone().expand(t.shape) for t in state["scales"]]),
     lambda state: state.update(more=torch.ones(2).to_sparse()),
 ])
 def test_a_state_with_odd_numbers_is_not_resumed(damage, tmp_path):

@@ -55,15 +55,17 @@ def heads():
 def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_page, comfy_server):
     open_templates(frontend_page)
     found, wide = [], {}
-    for _ in range(300):  # cards come, and their pictures are loaded, while one scrolls
+    for turn in range(300):  # cards come, and their pictures are loaded, while one scrolls
         found = cards(frontend_page)
         for card in found:
             wide[card["name"]] = max(card["wide"], wide.get(card["name"], 0))
         if len(found) == len(FILES) and all(wide.values()):
             break
         frontend_page.page.evaluate(
-            """() => document.querySelectorAll('[role=dialog] *').forEach(e => {
-                if (e.scrollHeight > e.clientHeight + 50) e.scrollTop += 250 })"""
+            """turn => document.querySelectorAll('[role=dialog] *').forEach(e => {
+                const far = e.scrollHeight - e.clientHeight
+                if (far > 50) e.scrollTop = (250 * turn) % (far + 250) })""",
+            turn + 1,
         )
         frontend_page.page.wait_for_timeout(500)
     assert [card["name"] for card in found] == [path.stem for path in FILES]
