@@ -6,7 +6,7 @@ comes out with a tone of its own, and with those of the whole picture it does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.ops
@@ -18,13 +18,18 @@ class SharedNorms:
 
     The module is as it was outside of `measured` and `applied`.
 
+    Args:
+        module: whose norms these are.
+        relief: called before each norm inside, for instance to give freed memory back, or None.
+
     Attributes:
         norms: of the module, those of the host's kind.
         sums: what was measured: how often, and the sums of mean and mean square of each group,
             ``[groups]`` float32, by norm.
     """
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, relief: Callable[[], None] | None = None):
+        self.relief = relief
         self.norms = [m for m in module.modules() if isinstance(m, torch.nn.GroupNorm)
                       and isinstance(m, comfy.ops.CastWeightBiasOp) and m.affine]
         self.sums: dict[torch.nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
@@ -53,7 +58,7 @@ class SharedNorms:
         held = [norm for norm in self.norms if norm in self.sums]
         for norm in held:
             count, mean, square = self.sums[norm]
-            norm.forward = _Held(norm, mean / count, square / count)
+            norm.forward = _Held(self, norm, mean / count, square / count)
         try:
             yield
         finally:
@@ -80,19 +85,22 @@ class _Measured:
         groups = inner.unflatten(1, (self.norm.num_groups, -1)).transpose(0, 1).flatten(1).float()
         variance, mean = torch.var_mean(groups, -1, correction=0)
         self.norms.note(self.norm, mean, variance + mean ** 2)
-        return _Held(self.norm, mean, variance + mean ** 2)(x)
+        return _Held(self.norms, self.norm, mean, variance + mean ** 2)(x)
 
 
 class _Held:
     """A group norm's forward with given statistics: ``(x - mean) / std * weight + bias``."""
 
-    def __init__(self, norm: torch.nn.GroupNorm, mean: torch.Tensor, square: torch.Tensor):
+    def __init__(self, norms: SharedNorms, norm: torch.nn.GroupNorm, mean: torch.Tensor,
+                 square: torch.Tensor):
         each = norm.num_channels // norm.num_groups
         spread = ((square - mean ** 2).clamp(min=0) + norm.eps).rsqrt()
-        self.norm = norm
+        self.norms, self.norm = norms, norm
         self.mean, self.spread = (v.repeat_interleave(each) for v in (mean, spread))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.norms.relief is not None:
+            self.norms.relief()
         weight, bias, offloaded = comfy.ops.cast_bias_weight(self.norm, x, offloadable=True)
         scale = weight.float() * self.spread.to(x.device)
         shift = bias.float() - self.mean.to(x.device) * scale

@@ -44,6 +44,9 @@ class TiledSampling:
                               (WrappersMP.SAMPLER_SAMPLE, self._condition),
                               (WrappersMP.CALC_COND_BATCH, self._predict)):
             model.add_wrapper_with_key(kind, KEY, wrapper)
+        if model.load_device.type == "cpu":
+            model.set_model_input_block_patch(_relieved)
+            model.set_model_output_block_patch(_relieved)
         return model
 
     def _prepare(self, executor, model, noise_shape, *args, **kwargs):
@@ -68,6 +71,7 @@ class TiledSampling:
             self.tile_done()
             return whole
         whole = [torch.zeros_like(x) for _ in conds]
+        give_back()  # of what the host prepared for the whole latent
         for tile in self.tiles:
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts = executor(model, [_cropped(c, tile) for c in conds],
@@ -78,6 +82,12 @@ class TiledSampling:
             give_back()
             self.tile_done()
         return whole
+
+
+def _relieved(*parts):
+    """Give back what the blocks before left, which later ones of another size have no use for."""
+    give_back()
+    return parts[0] if len(parts) == 2 else parts[:2]
 
 
 def _cropped(conds: list[dict] | None, tile: Tile) -> list[dict] | None:

@@ -172,6 +172,25 @@ def test_held_statistics_of_the_same_input_are_the_ordinary_norm(comfy_inprocess
         assert torch.allclose(norm(x), ordinary, atol=1e-5) and "forward" not in vars(norm)
 
 
+def test_memory_is_given_back_before_each_norm(comfy_inprocess):
+    import comfy.ops
+
+    from quanttune.host.shared_norms import SharedNorms
+
+    module = torch.nn.Sequential(*(comfy.ops.disable_weight_init.GroupNorm(2, 4) for _ in "ab"))
+    calls = []
+    shared = SharedNorms(module, lambda: calls.append(1))
+    x = torch.arange(16.).view(1, 4, 2, 2)
+    with shared.measured():
+        module(x)
+    assert len(calls) == 2
+    with shared.applied():
+        module(x)
+    assert len(calls) == 4
+    module(x)
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("size", [(100, 60), (600, 65), (17, 4000), (9, 2000), (256, 80)])
 def test_samples_are_no_larger_than_a_tile_and_come_from_everywhere(comfy_inprocess, size):
     from quanttune.host.tiled_decode import LARGEST_TILE, SAMPLE, SAMPLES, _samples
