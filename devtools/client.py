@@ -215,7 +215,7 @@ class Client:
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The entry of one finished graph: `outputs` by node id, `status`, …"""
         # The server tells of the end a moment before it writes the entry.
-        return self.wait(prompt_id, 10.0)
+        return self.wait(prompt_id, 120.0)
 
     def image(self, entry: dict[str, str]) -> bytes:
         """The bytes of one picture, given its entry {"filename", "subfolder", "type"}."""

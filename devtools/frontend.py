@@ -44,6 +44,9 @@ _SETTINGS = {
     "Comfy.Workflow.Persist": False,
     "Comfy.Minimap.Visible": False,
 }
+PATIENCE = 120_000
+"""Milliseconds after which the page is given up on, whatever is waited for: a busy machine may take
+a long time over what an idle one does at once."""
 # Requests to the internet are cut off on purpose, so their failures are not the page's.
 _NOT_OURS = (
     "net::ERR_",
@@ -81,12 +84,12 @@ class Frontend:
         page.on("pageerror", lambda error: self._note(str(error)))
         page.request.post(f"{url}/settings", data=_SETTINGS)
         page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(_STARTED, timeout=120_000)
+        page.wait_for_function(_STARTED)
         try:
-            page.wait_for_function(_READY, timeout=30_000)
+            page.wait_for_function(_READY, timeout=PATIENCE / 2)
         except TimeoutError:
             page.evaluate(_OPEN_EMPTY)
-            page.wait_for_function(_READY, timeout=60_000)
+            page.wait_for_function(_READY)
 
     def _on_console(self, message: Any) -> None:
         if message.type == "error":
@@ -124,7 +127,7 @@ class Frontend:
     def queue(self) -> str:
         """Press Run; returns the prompt id that the server gave."""
         with self.page.expect_response(
-            lambda r: r.url.endswith("/prompt") and r.request.method == "POST", timeout=60_000
+            lambda r: r.url.endswith("/prompt") and r.request.method == "POST"
         ) as answer:
             self.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
         if answer.value.status != 200:
@@ -166,7 +169,9 @@ def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
             headless=True,
             args=list(FLAGS),
             viewport={"width": width, "height": height},
+            timeout=PATIENCE,
         )
+        context.set_default_timeout(PATIENCE)
         context.route(
             lambda url: "://127.0.0.1" not in url and url.startswith("http"), lambda r: r.abort()
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,8 @@ def browser_context() -> Iterator[Any]:
 
 @pytest.fixture
 def frontend_page(browser_context, comfy_server) -> Iterator[Frontend]:
-    """A new tab with the frontend ready: `load`, `unknown_types`, `graph_to_prompt`, `queue`, …
-
-    The server's list of jobs is empty then: the frontend reads it, and what hostile graphs of other
-    files left there (NaN, which is no JSON) would be errors of this page.
-    """
-    client = comfy_server.client
-    while client.get("/queue")["queue_running"]:  # a job is listed only after its last event
-        time.sleep(0.05)
-    client.post("/history", {"clear": True})
+    """A new tab with the frontend ready: `load`, `unknown_types`, `graph_to_prompt`, `queue`, …"""
+    comfy_server.forget_jobs()
     page = open_page(browser_context, comfy_server.client.url)
     try:
         yield page

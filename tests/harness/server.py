@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ class ComfyServer(HostProcess):
         """Run a graph (API format) to its end; returns its history entry and all its events."""
         events: list[Event] = []
         return self.client.run(graph, timeout=timeout, on_event=events.append), events
+
+    def forget_jobs(self) -> None:
+        """Wait until nothing runs, and empty the list of what ran.
+
+        A frontend that opens reads that list, and what hostile graphs of other tests leave there
+        (NaN, which is no JSON) would be an error of its page.
+        """
+        while any(self.client.get("/queue").values()):  # a job is listed after its last event
+            time.sleep(0.05)
+        self.client.post("/history", {"clear": True})
 
     def pictures(self, history: dict[str, Any]) -> dict[str, list[Any]]:
         """Pictures of a finished graph by node id, float arrays [height, width, channels]."""

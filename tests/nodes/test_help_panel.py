@@ -43,11 +43,9 @@ def page(frontend_page):
 def open_help(page, node_id):
     add(page, node_id)
     page.page.evaluate("() => window.app.canvas.selectNode(window.app.graph.nodes[0])")
-    page.page.locator("[data-testid=info-button]").click(timeout=20_000)
-    page.page.wait_for_selector(f"{PANEL} h1", timeout=20_000)
-    page.page.wait_for_function(
-        f"() => {{ const i = document.querySelector('{PANEL} img'); return i && i.complete }}"
-    )
+    page.page.locator("[data-testid=info-button]").click()
+    page.page.wait_for_selector(f"{PANEL} h1")
+    page.page.wait_for_function(f"() => document.querySelector('{PANEL} img')?.naturalWidth > 0")
 
 
 @pytest.mark.skipif(not docs_images.WANTED, reason="QUANTTUNE_DOCS_IMAGES=1 writes the pictures")

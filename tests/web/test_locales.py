@@ -57,6 +57,7 @@ def page_in(browser_context, comfy_server):
     With `i18n`, that is what the server tells of all packs' texts.
     """
     url, pages = comfy_server.client.url, []
+    comfy_server.forget_jobs()
 
     def opened(language, *, i18n=None):
         context = browser_context
@@ -74,6 +75,22 @@ def page_in(browser_context, comfy_server):
     for page in pages:
         page.page.close()
     browser_context.request.post(f"{url}/settings", data={"Comfy.Locale": "en"})
+
+
+def point_at(page, name, tooltip):
+    """Rest the pointer on a widget until its tooltip is there.
+
+    Again and again: on a busy machine the view may still be moving beneath the pointer.
+    """
+    told = page.page.get_by_text(tooltip, exact=True)
+    for turn in range(60):
+        x, y = page.page.evaluate(WIDGET, name)
+        page.page.mouse.move(x, y)
+        page.page.mouse.move(x + 2 + turn % 2, y)
+        page.page.wait_for_timeout(2000)
+        if told.count() and told.first.is_visible():
+            return
+    raise AssertionError(f"the pointer rests on '{name}' and its tooltip does not come")
 
 
 @pytest.mark.parametrize("language", locales.LANGUAGES)
@@ -99,11 +116,8 @@ def test_every_node_is_shown_in_the_language(language, page_in):
     # The label on the node and the tooltip beneath the pointer.
     page.load_api(GRAPH)
     page.screenshot(ARTIFACTS / f"locale-{language}.png")
-    x, y = page.page.evaluate(WIDGET, "range")
-    page.page.mouse.move(x, y)
-    page.page.mouse.move(x + 2, y)
-    tooltip = texts["nodeDefs"]["QuantTuneQuantizeUNet"]["inputs"]["range"]["tooltip"]
-    page.page.get_by_text(tooltip, exact=True).wait_for(timeout=10_000)
+    inputs = texts["nodeDefs"]["QuantTuneQuantizeUNet"]["inputs"]
+    point_at(page, "range", inputs["range"]["tooltip"])
     page.screenshot(ARTIFACTS / f"locale-{language}-tooltip.png", fit=False)
     assert page.errors == []
 

@@ -23,9 +23,9 @@ def keep(shot, name):
 
 def open_templates(page):
     """Open the template browser and choose the pack in it, as its side bar's buttons do."""
-    page.page.get_by_text("Templates", exact=True).first.click(timeout=30_000)
-    page.page.locator("[role=dialog] >> text=/QuantTune/").first.click(timeout=60_000)
-    page.page.wait_for_selector(f"[data-testid=template-workflow-{FIRST}]", timeout=60_000)
+    page.page.get_by_text("Templates", exact=True).first.click()
+    page.page.locator("[role=dialog] >> text=/QuantTune/").first.click()
+    page.page.wait_for_selector(f"[data-testid=template-workflow-{FIRST}]")
 
 
 def cards(page):
@@ -84,13 +84,12 @@ def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_p
     frontend_page.page.click(f"[data-testid=template-workflow-{FIRST}]")
     expected = {node["type"] for node in read(FILES[0])["nodes"]}
     frontend_page.page.wait_for_function(
-        "() => window.app.rootGraph.nodes.some(n => n.type === 'QuantTuneQuantizeUNet')",
-        timeout=60_000,
+        "() => window.app.rootGraph.nodes.some(n => n.type === 'QuantTuneQuantizeUNet')"
     )
     assert frontend_page.unknown_types() == []
     types = frontend_page.page.evaluate("() => window.app.rootGraph.nodes.map(n => n.type)")
     assert set(types) == expected
-    frontend_page.page.wait_for_selector("[role=dialog]", state="detached", timeout=30_000)
+    frontend_page.page.wait_for_selector("[role=dialog]", state="detached")
     keep(docs_images.whole_graph(frontend_page), "opened")
     assert frontend_page.errors == []
 
@@ -101,8 +100,12 @@ def test_run_fills_the_template_with_pictures_and_reports(frontend_page, comfy_s
         "() => window.app.rootGraph.nodes.filter(n => n.type === 'EmptyLatentImage')"
         ".forEach(n => { n.widgets.find(w => w.name === 'batch_size').value = 4 })"
     )
-    history = comfy_server.client.wait(frontend_page.queue(), timeout=300)
+    history = comfy_server.client.wait(frontend_page.queue(), timeout=540)
     assert history["status"]["status_str"] == "success"
+    frontend_page.page.wait_for_function(
+        """() => window.app.rootGraph.nodes.filter(n => n.type === 'QuantTuneQuantizeUNet')
+            .every(n => n.widgets.find(w => w.name === 'quanttune_report')?.value)"""
+    )
     keep(docs_images.whole_graph(frontend_page), "after-run")
     reports = frontend_page.page.evaluate(
         """() => window.app.rootGraph.nodes.filter(n => n.type === 'QuantTuneQuantizeUNet')
