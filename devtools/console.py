@@ -137,6 +137,11 @@ def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return env
 
 
+PAUSES = (10.0, 40.0)
+"""Seconds before a fetching that failed is tried again, under CI, where nobody is there to do so: a
+package index is back from most of its troubles by then."""
+
+
 def run_logged(
     command: Sequence[str | Path],
     label: str,
@@ -145,11 +150,36 @@ def run_logged(
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     detail: Callable[[], str] | None = None,
+    fetches: bool = False,
 ) -> str:
     """Run an installer quietly: progress on one line, everything it says in `log`.
 
+    Args:
+        detail: words that the line shows beside the last of what it says.
+        fetches: it asks a network; what fails is tried again where `CI` is set.
+
     Returns what it printed. Raises `Stop` with the cause when it fails.
     """
+    pauses = PAUSES if fetches and os.environ.get("CI") else ()
+    for pause in pauses:
+        try:
+            return _run_once(command, label, log, env, cwd, detail)
+        except Stop as stop:
+            if "disk is full" in str(stop):
+                raise
+            say(f"  {stop}\n  trying it again in {pause:.0f} s")
+            time.sleep(pause)
+    return _run_once(command, label, log, env, cwd, detail)
+
+
+def _run_once(
+    command: Sequence[str | Path],
+    label: str,
+    log: Path,
+    env: dict[str, str] | None,
+    cwd: Path | None,
+    detail: Callable[[], str] | None,
+) -> str:
     progress = Progress(label)
     log.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

