@@ -146,10 +146,25 @@ def parallel_options(arguments: Sequence[str], cores: int) -> list[str]:
     return ["-n", str(min(cores, MOST_WORKERS)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it is bound to, and what a container allows of them.
+
+    Args:
+        quota: file of the container (Linux): microseconds of work in a period, and the period.
+    """
+    bound = getattr(os, "sched_getaffinity", None)
+    cores = len(bound(0)) if bound else os.cpu_count() or 1
+    try:
+        work, period = quota.read_text("ascii").split()
+        return max(1, min(cores, -(-int(work) // int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
+
+
 def test(env: Environment, arguments: Sequence[str]) -> int:
     """Run pytest, the whole suite on all cores; returns its exit status."""
     variables = env.variables()
-    parallel = parallel_options(arguments, os.cpu_count() or 1)
+    parallel = parallel_options(arguments, usable_cores())
     if parallel:
         # Two processes of two threads each would take turns on two cores.
         variables.setdefault("OMP_NUM_THREADS", "1")

@@ -245,6 +245,26 @@ class TestFailures:
             console.run_logged(command, "trying it", tmp_path / "a" / "log")
         assert "first\nboom" in (tmp_path / "a" / "log").read_text()
 
+    @pytest.mark.parametrize("ci, fetches, tries", [("", True, 1), ("true", False, 1),
+                                                    ("true", True, 3)])  # fmt: skip
+    def test_what_fetches_is_tried_again_where_nobody_would(
+        self, ci, fetches, tries, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setenv("CI", ci)
+        monkeypatch.setattr(console, "PAUSES", (0.0, 0.0))
+        code = "import os, sys; open(sys.argv[1], 'a').write('x'); sys.exit('503 Unavailable')"
+        command = [sys.executable, "-c", code, tmp_path / "tries"]
+        with pytest.raises(Stop, match="trying it failed: 503 Unavailable"):
+            console.run_logged(command, "trying it", tmp_path / "log", fetches=fetches)
+        assert (tmp_path / "tries").read_text() == "x" * tries
+        assert capsys.readouterr().out.count("again in") == tries - 1
+
+    def test_a_full_disk_is_not_tried_again(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CI", "true")
+        command = [sys.executable, "-c", "raise SystemExit('No space left on device')"]
+        with pytest.raises(Stop, match="disk is full"):
+            console.run_logged(command, "trying it", tmp_path / "log", fetches=True)
+
     def test_an_installer_that_is_not_there(self, tmp_path):
         with pytest.raises(Stop, match="could not be started"):
             console.run_logged([tmp_path / "none"], "trying it", tmp_path / "log")
@@ -312,6 +332,9 @@ class TestCommandLine:
             PIP_FIND_LINKS="",
             PIP_RETRIES="0",
             UV_HTTP_RETRIES="0",
+            CI="",
+            NO_PROXY="127.0.0.1",
+            no_proxy="127.0.0.1",
             UV_CACHE_DIR=str(checkout / "cache"),
         )
         assert done.returncode == 1
@@ -386,3 +409,14 @@ def test_the_whole_suite_takes_all_cores_and_a_selection_one(arguments, cores, w
     options = jobs.parallel_options(arguments, cores)
     assert options[:2] == (["-n", workers] if workers else [])
     assert ("loadfile" in options) == bool(workers), "tests of a file share servers and pictures"
+
+
+@pytest.mark.parametrize("text, cores", [
+    ("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1),
+    ("9900000 100000", 8), ("", 8), ("1 0 x", 8), (None, 8),
+])  # fmt: skip
+def test_a_containers_share_of_the_cores(text, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    assert jobs.usable_cores(tmp_path / "cpu.max") == cores
