@@ -47,6 +47,22 @@ class ComfyServer(HostProcess):
             time.sleep(0.05)
         self.client.post("/history", {"clear": True})
 
+    def forget_results(self) -> None:
+        """Let the next graph compute all of its nodes.
+
+        The host keeps results between graphs, so that what a node says of its work (progress,
+        reports, badges) is missing when a test before this one has asked for the same.
+        """
+        self.client.post("/free", {"free_memory": True})
+        # The host does so between two graphs, before the second or before the third.
+        empty = {"width": 16, "height": 16, "batch_size": 1, "color": 0}
+        self.client.run(
+            {
+                "1": {"class_type": "EmptyImage", "inputs": empty},
+                "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+            }
+        )
+
     def pictures(self, history: dict[str, Any]) -> dict[str, list[Any]]:
         """Pictures of a finished graph by node id, float arrays [height, width, channels]."""
         import numpy as np

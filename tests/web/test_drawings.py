@@ -20,9 +20,10 @@ STEPS, SAMPLED, EXPERTS = 12, 5, 4
 PROMPT: list[str] = []
 """Ids of prompts that messages pretend to be of, the last one that of the present test."""
 BROKEN = "<img src=x onerror='window.broken = 1'>"
-TOLERANCE = 0.006
-"""Mean difference, of 1, of a part of two pictures that are scaled down four times. A chart without
-its lines differs by 0.013, one without its band by 0.07."""
+TOLERANCE = {"chart": 0.008, "timeline": 0.02, "badge": 0.04}
+"""Mean difference, of 1, of a part of two pictures that are scaled down four times: about three
+times that of texts with and without hinting. A chart without its lines differs by 0.013, one
+without its band by 0.07, a timeline without experts by 0.08, a node without the badge by 0.1."""
 PARTS = {"chart": (320, 196, 680, 432), "timeline": (20, 344, 272, 396), "badge": (100, 8, 280, 28)}
 """Left, top, right and bottom of what is compared, in pixels."""
 
@@ -74,6 +75,7 @@ def opened(browser_context, comfy_server):
 def page(opened):
     """The page, as a prompt of its own sees it."""
     opened.errors.clear()
+    opened.page.evaluate("() => window.app.clean()")  # no pictures of the runs of other tests
     PROMPT.append(f"prompt {len(PROMPT)}")
     return opened
 
@@ -155,6 +157,7 @@ def wait_for_points(page, number):
 
 
 def test_a_run_draws_losses_experts_steps_and_sizes(page, comfy_server):
+    comfy_server.forget_results()
     load(page, graph())
     reopen = "async () => { await window.app.loadGraphData(window.app.rootGraph.serialize()) }"
     page.page.evaluate(reopen)  # which gives it an id
@@ -317,8 +320,20 @@ def difference(a, b, area):
     return float(np.abs(small(a, area) - small(b, area)).mean())
 
 
+# What the host draws on the canvas without naming a font that it ships looks different where other
+# fonts are installed.
+ONE_FONT = """() => {
+    const kind = CanvasRenderingContext2D.prototype;
+    const { get, set } = Object.getOwnPropertyDescriptor(kind, 'font');
+    Object.defineProperty(kind, 'font', { configurable: true, get, set(font) {
+        set.call(this, String(font).replace(/(\\d(px|pt|em|%)) .*/, '$1 Inter'));
+    } });
+}"""
+
+
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_drawings_look_as_they_did(theme, page):
+    page.page.evaluate(ONE_FONT)
     page.page.evaluate(
         "(t) => window.app.extensionManager.setting.set('Comfy.ColorPalette', t)", theme)
     try:
@@ -355,11 +370,11 @@ def test_the_drawings_look_as_they_did(theme, page):
             page.page.screenshot(path=str(now), clip=clip)
             assert reference.is_file(), f"look at {now}, and keep it as {reference.name} if right"
             found = {part: difference(now, reference, area) for part, area in PARTS.items()}
-            if max(found.values()) < TOLERANCE:
+            if all(found[part] < TOLERANCE[part] for part in PARTS):
                 break
-        assert max(found.values()) < TOLERANCE, found
         for part, area in PARTS.items():
-            assert difference(empty, reference, area) > 2 * TOLERANCE, part
+            assert found[part] < TOLERANCE[part], (part, found)
+            assert difference(empty, reference, area) > 2 * TOLERANCE[part], part
         assert page.errors == []
     finally:
         page.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', "
