@@ -70,15 +70,6 @@ def test_stopping_and_resuming_changes_no_bit(variant, stop, tmp_path):
         assert torch.equal(layer.down, other.down) and torch.equal(layer.up, other.up)
 
 
-@pytest.fixture
-def one_thread():
-    """As the script has: sums of several threads differ in their last digits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_kill_9_resumes_the_same_curve(tmp_path, one_thread):
     with trainer(tmp_path / "whole") as run:
         run.run()

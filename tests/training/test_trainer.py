@@ -169,7 +169,7 @@ def start_script(*arguments, launch=(), **env):
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path):
+def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path, one_thread):
     whole = trainer(tmp_path / "whole").run()
     process = start_script(tmp_path / "killed", "--kill-at", 13)
     errors = process.communicate(timeout=300)[1]
