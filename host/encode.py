@@ -12,7 +12,8 @@ import torch
 
 from ..quant import QuantTuneError
 from ..quant.checkpoint import is_finite
-from ..quant.safe_file import read_safetensors, write_safetensors
+from ..quant.safe_file import read_safetensors
+from ..quant.whole_file import write_safetensors
 from ..training.data import EmptyCaptions, TrainingImages, TrainingSet
 from .patches import injections_digest
 

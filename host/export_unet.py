@@ -15,7 +15,8 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError
-from ..quant.safe_file import FLOAT_UNET, unwritten, write_safetensors, written_whole
+from ..quant.safe_file import FLOAT_UNET
+from ..quant.whole_file import unwritten, write_safetensors, written_whole
 from .around import is_layer
 from .build import adopt, build_model
 from .describe import describe

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from ..quant.safe_file import write_safetensors
+from ..quant.whole_file import write_safetensors
 from ..training.lora_layer import LoraLayer, peft_magnitude
 from .diffusers_unet import diffusers_names
 from .export_unet import write_json, written_folder

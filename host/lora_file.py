@@ -14,7 +14,8 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from ..quant.safe_file import read_with_strings, write_safetensors
+from ..quant.safe_file import read_with_strings
+from ..quant.whole_file import write_safetensors
 from ..training.lora_layer import LoraLayer
 from .folders import output_path
 from .lora_fit import check_tensors, fit_lora

@@ -12,7 +12,8 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ..quant.safe_file import METADATA_KEY, stored_order, tensor_bytes
+from ..quant.safe_file import METADATA_KEY
+from ..quant.whole_file import stored_order, tensor_bytes
 from ..training.lora_layer import LoraLayer
 
 LORA_FORMAT = "quanttune.lora"

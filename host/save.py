@@ -17,7 +17,7 @@ from ..quant import (
     save_scale_set,
 )
 from ..quant.int8 import Int8Weight
-from ..quant.safe_file import write_safetensors
+from ..quant.whole_file import write_safetensors
 from .build import quantized_model
 from .compat import knows_stock_int8
 from .folders import output_path

@@ -20,10 +20,10 @@ from ..quant import (
     load_quantized_unet,
     load_scale_set,
 )
-from ..quant.safe_file import written_whole
 from ..quant.tensor_file import PICKLED, open_tensors
 from ..quant.tuneqdm_convert import find_base, from_state, to_state
 from ..quant.tuneqdm_state import TuneqdmState, is_state, load_unpickled, read_state
+from ..quant.whole_file import written_whole
 from .convert_inputs import check_apart
 from .convert_target import STATE, check_target
 from .describe import model_config

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..quant.safe_file import unwritten, written_whole
+from ..quant.whole_file import unwritten, written_whole
 from .markdown import blocks, escape, one_line, printable, to_markdown
 from .report_page import page
 

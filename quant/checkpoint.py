@@ -16,10 +16,11 @@ from .fingerprint import fingerprint
 from .int8.ranges import ActivationRanges
 from .mapped_file import MappedFile
 from .packing import packed_shape
-from .safe_file import DTYPE_NAMES, read_safetensors, write_safetensors
+from .safe_file import DTYPE_NAMES, read_safetensors
 from .scale_file import load_scale_set, save_scale_set
 from .spec import SUPPORTED_BITS
 from .weight import QuantizedWeight, check_split
+from .whole_file import write_safetensors
 
 __all__ = [
     "QuantizedCheckpoint",

@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from .safe_file import tensor_bytes
 from .weight import QuantizedWeight
+from .whole_file import tensor_bytes
 
 
 def fingerprint(layers: Mapping[str, QuantizedWeight]) -> str:

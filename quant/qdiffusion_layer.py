@@ -11,9 +11,9 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .packing import pack, packed_shape
 from .paging import let_go
-from .safe_file import Later
 from .torch_archive import StoredTensor
 from .weight import QuantizedWeight
+from .whole_file import Later
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .errors import QuantTuneError
-from .safe_file import read_safetensors, write_safetensors
+from .safe_file import read_safetensors
 from .scales import LayerScales, ScaleMetadata, ScaleSet
+from .whole_file import write_safetensors
 
 SCALES_FORMAT = "quanttune.scales"
 SCALES_FORMAT_VERSION = 1

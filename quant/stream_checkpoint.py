@@ -18,15 +18,9 @@ from .errors import QuantTuneError
 from .fingerprint import add_layer
 from .packing import packed_shape
 from .paging import let_go
-from .safe_file import (
-    METADATA_KEY,
-    stored_header,
-    stored_order,
-    stored_places,
-    tensor_bytes,
-    written_whole,
-)
+from .safe_file import METADATA_KEY
 from .weight import QuantizedWeight
+from .whole_file import stored_header, stored_order, stored_places, tensor_bytes, written_whole
 
 UNKNOWN = "0" * 64
 """Takes the place of the fingerprint until all layers are written."""

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .paging import page_out
-from .safe_file import first_line, tensor_bytes
+from .safe_file import first_line
 from .torch_structure import check_structure
+from .whole_file import tensor_bytes
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
 ZIP_START = b"PK\x03\x04"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 if __package__:
     from ..quant import QuantSpec, choose_qparams, shortcut_splits
-    from ..quant.safe_file import written_whole
+    from ..quant.whole_file import written_whole
 else:  # run as a script
     from quanttune.quant import QuantSpec, choose_qparams, shortcut_splits
-    from quanttune.quant.safe_file import written_whole
+    from quanttune.quant.whole_file import written_whole
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "starter-qdiffusion-4bit.pth"

@@ -42,7 +42,7 @@ REVIEWED = {
     ("quant/int8/kitchen.py", "importlib"): "find_spec: whether comfy-kitchen is installed",
     ("quant/int8/triton_backend.py", "importlib"): "find_spec: whether Triton is installed",
     ("quant/paging.py", "ctypes"): "malloc_trim and madvise of the C library",
-    ("quant/safe_file.py", "ctypes"): "the bytes of a tensor without a copy",
+    ("quant/whole_file.py", "ctypes"): "the bytes of a tensor without a copy",
     ("metrics/report.py", "urllib"): "urllib.parse: names of files in a page's links",
     ("starter/evaluate.py", "runpy"): "the recipe of the starter, never run in ComfyUI",
     ("starter/train.py", "runpy"): "the recipe of the starter, never run in ComfyUI",

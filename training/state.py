@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..quant import QuantTuneError
-from ..quant.safe_file import room
 from ..quant.torch_archive import check_records, tensors_in
 from ..quant.torch_structure import check_structure
+from ..quant.whole_file import room
 
 FILE = "checkpoint.pt"
 VERSION = 1

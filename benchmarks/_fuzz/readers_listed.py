@@ -147,7 +147,7 @@ def check_encoded(files: Files, found: Any) -> str | None:
 
 def encoded_seeds() -> list[Files]:
     """A latent in the cache."""
-    from quanttune.quant.safe_file import write_safetensors
+    from quanttune.quant.whole_file import write_safetensors
 
     return [
         {

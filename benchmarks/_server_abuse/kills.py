@@ -205,7 +205,8 @@ def whole(path: Path) -> str:
 
 def values(path: Path) -> dict[str, bytes]:
     """The values of a saved file, without what it says of itself."""
-    from quanttune.quant.safe_file import read_with_strings, tensor_bytes
+    from quanttune.quant.safe_file import read_with_strings
+    from quanttune.quant.whole_file import tensor_bytes
 
     return {k: bytes(tensor_bytes(t.contiguous())) for k, t in read_with_strings(path)[1].items()}
 

@@ -9,7 +9,7 @@ import torch
 
 from quanttune.benchmarks._server_abuse import clients, cycles, disk, kills, part, replaced
 from quanttune.benchmarks._server_abuse.notice import Notice
-from quanttune.quant.safe_file import write_safetensors
+from quanttune.quant.whole_file import write_safetensors
 from quanttune.tests.harness.server import ComfyServer, host_environment
 
 servers = pytest.mark.server

@@ -54,7 +54,7 @@ def test_an_empty_caption_comes_with_the_size_of_its_picture():
     ({"latent": torch.ones(1, 2, 2)}, "quanttune.conditions"), ({}, "quanttune.latent")])
 def test_a_damaged_cache_is_made_again(tensors, kind, comfy_inprocess, tmp_path):
     from quanttune.host.encode import LATENT, _read
-    from quanttune.quant.safe_file import write_safetensors
+    from quanttune.quant.whole_file import write_safetensors
 
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"latent": torch.ones(1, 2, 2)}, {"format": LATENT})

@@ -196,12 +196,12 @@ def test_what_cannot_be_saved(change, message, nodes, model):
 def test_a_full_disk_leaves_nothing_behind(nodes, model, host_folders, monkeypatch):
     import errno
 
-    from quanttune.quant import QuantTuneError, safe_file
+    from quanttune.quant import QuantTuneError, whole_file
 
     def full(file, tensor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safe_file, "_write_tensor", full)
+    monkeypatch.setattr(whole_file, "_write_tensor", full)
     with pytest.raises(QuantTuneError, match="the disk is full"):
         run_node(nodes["QuantTuneSaveLora"], lora=trained(model))
     assert not [p for p in (host_folders / "output").rglob("*") if p.is_file()]

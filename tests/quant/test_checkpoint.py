@@ -14,7 +14,8 @@ from quanttune.quant import (
     save_scale_set,
 )
 from quanttune.quant.int8 import ActivationRanges
-from quanttune.quant.safe_file import read_safetensors, write_safetensors
+from quanttune.quant.safe_file import read_safetensors
+from quanttune.quant.whole_file import write_safetensors
 from quanttune.tests.quant.reference import random_weight
 from quanttune.tests.quant.test_safe_file import BAD_FILES, assert_one_sentence
 

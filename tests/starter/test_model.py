@@ -106,7 +106,7 @@ def test_a_damaged_file_is_told(damage, tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("comfy")
     from quanttune.quant import QuantTuneError
-    from quanttune.quant.safe_file import write_safetensors
+    from quanttune.quant.whole_file import write_safetensors
     from quanttune.starter.load import read, whole
 
     path = tmp_path / "clip.safetensors"
