@@ -16,6 +16,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..training.bitsandbytes_library import bitsandbytes
 
 LAYOUT_NAME = "QuantTuneBitsandbytesLayout"
@@ -68,7 +69,7 @@ class BnbWeight:
             QuantTuneError: bitsandbytes is missing or cannot do this here, or NaN.
         """
         functional = _functional()
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise QuantTuneError("The weights hold NaN or infinite values; use another file.")
         try:
             if kind == "int8":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError, UNetMetadata
-from ..quant.checkpoint import is_finite
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
@@ -223,7 +223,7 @@ def _int8(path: str, name: str, tensors: dict) -> BnbWeight:
 def _scale(scale: Tensor, wrong) -> Tensor:
     """Scales as float32, none of which is beyond a weight of a model."""
     scale = scale.float().flatten()
-    if not bool(scale.isfinite().all()):
+    if not is_finite(scale):
         raise wrong("whose scale is not finite")
     if float(scale.abs().max()) > LARGEST_SCALE:
         raise wrong("whose scale is that of no model")

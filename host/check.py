@@ -14,6 +14,7 @@ import torch
 
 from ..metrics.memory import peak_memory
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from .build import quantized_model
 from .explain import explained
 from .pictures import SamplingSettings, sample_pictures
@@ -88,7 +89,7 @@ def check_model(patcher, clip, vae, prompt: str, settings: SamplingSettings, ref
             "({reason}); use those of its family, and a size that they take."):
         outputs = _outputs(patcher, vae, prompts, settings, bar)
     for share, output in zip(SHARES, outputs):
-        if not bool(output.isfinite().all()):
+        if not is_finite(output):
             check.faults.append(f"its output is NaN or infinite at {share:.0%} of the timesteps")
     check.lines.append(f"Memory: weights {patcher.model_size() / 2**20:,.0f} MiB, a step "
                        f"{found.extra / 2**20:,.0f} MiB above them (measured).")
@@ -121,11 +122,11 @@ def _look(checkpoint, check: Check) -> None:
             check.faults.append(f"layer {name} holds {weight.packed.dtype}, not packed bytes")
         elif not bool((weight.scale.isfinite() & (weight.scale > 0)).all()):
             check.faults.append(f"layer {name} has scales that are 0, negative or not finite")
-        elif not bool(weight.zero_point.isfinite().all()) or bool(
+        elif not is_finite(weight.zero_point) or bool(
                 (weight.zero_point.abs() > 4 * top + 4).any()):
             check.faults.append(f"layer {name} has zero points far outside of its codes")
     for name, tensor in checkpoint.floats.items():
-        if not bool(tensor.float().isfinite().all()):
+        if not is_finite(tensor):
             check.faults.append(f"the float tensor {name} holds NaN or infinite values")
     if checkpoint.ranges is not None:
         check.lines.append(f"Static activation ranges for {len(checkpoint.ranges.layers)} layers, "
@@ -155,7 +156,7 @@ def _outputs(patcher, vae, prompts, settings: SamplingSettings, bar=None) -> lis
 
 def _compare(outputs: Sequence[torch.Tensor], floats: Sequence[torch.Tensor],
              check: Check) -> None:
-    if not all(bool(b.isfinite().all()) for b in floats):
+    if not all(map(is_finite, floats)):
         check.unmeasured = "the reference computes NaN or infinite values itself"
         return
     check.unmeasured = ""
@@ -174,7 +175,7 @@ def _compare(outputs: Sequence[torch.Tensor], floats: Sequence[torch.Tensor],
 def _make_picture(patcher, clip, vae, prompt: str, settings: SamplingSettings, reference,
                   check: Check) -> None:
     check.picture = picture = sample_pictures(patcher, clip, vae, [prompt], settings)
-    if not bool(picture.isfinite().all()):
+    if not is_finite(picture):
         check.faults.append("the VAE makes NaN of its picture")
     elif _is_plain(picture):
         # Some prompts and sizes ask for that.

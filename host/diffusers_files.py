@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from ..quant.checkpoint import is_finite
+from ..quant.limits import is_finite
 from ..quant.safe_file import is_cut_short, read_header, read_with_strings
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_pickled
 from .lora_keys import brief

@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 
 from ..quant import QuantTuneError
-from ..quant.checkpoint import is_finite
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_safetensors
 from ..quant.whole_file import write_safetensors
 from ..training.data import EmptyCaptions, TrainingImages, TrainingSet
@@ -99,7 +99,7 @@ def reader_of(patcher, clip) -> str:
 def _conditions(patcher, embedding, extra, latent) -> dict[str, torch.Tensor]:
     found = {name: value.detach().float().cpu()
              for name, value in model_arguments(patcher, embedding, extra, latent).items()}
-    if not all(bool(value.isfinite().all()) for value in found.values()):
+    if not all(map(is_finite, found.values())):
         raise QuantTuneError("The conditioning holds NaN or infinite values; check the text "
                              "encoder and what makes the conditioning.")
     return found
@@ -140,7 +140,7 @@ def from_latents(latents: Mapping, conditioning: Sequence, patcher) -> TrainingS
     if len(conditioning) != len(samples):
         raise QuantTuneError(f"There are {len(samples)} latents and {len(conditioning)} "
                              "conditionings; connect one for each, or a single one for all.")
-    if not torch.isfinite(samples).all():
+    if not is_finite(samples):
         raise QuantTuneError("The connected latents hold NaN or infinite values; check what makes "
                              "them.")
     channels = patcher.get_model_object("latent_format").latent_channels
@@ -166,7 +166,7 @@ def _latent(picture, patcher, vae, identity: str, cache: Path | None, index: int
             found["latent"].dtype == torch.float32):
         return found["latent"]
     latent = patcher.model.process_latent_in(vae.encode(picture[None]))[0].float().cpu()
-    if not torch.isfinite(latent).all():
+    if not is_finite(latent):
         raise QuantTuneError(f"The VAE makes NaN of image {index + 1}; use another VAE, or start "
                              "ComfyUI with --fp32-vae.")
     if path is not None:

@@ -15,6 +15,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.safe_file import FLOAT_UNET
 from ..quant.whole_file import unwritten, write_safetensors, written_whole
 from .around import is_layer
@@ -95,7 +96,7 @@ def _collected(patcher, dtype: torch.dtype, interval: int) -> tuple[dict[str, Te
                 state[name] = value
                 continue
             rounded = value.to(dtype, copy=True)
-            if not bool(rounded.isfinite().all()):
+            if not is_finite(rounded):
                 raise QuantTuneError(
                     f"'{name}' holds values of up to {value.abs().max():.3g}, too large for "
                     f"{str(dtype).removeprefix('torch.')}; choose bfloat16 or float32.")

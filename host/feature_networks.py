@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..metrics.features import fitted_square
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from .compat import device_context
 
 STARTER_UNIT = 7.5
@@ -96,7 +97,7 @@ def text_embeddings(clip, captions: Sequence[str], width: int | None = None) -> 
     # holds what was in memory, mostly zeros; a saved copy of such a model may hold the identity.
     plain = _pooled(clip, captions[0], False)
     norms = embeddings.norm(dim=1)
-    if (not bool(torch.isfinite(norms).all()) or float(norms.min()) < 1e-4
+    if (not is_finite(norms) or float(norms.min()) < 1e-4
             or torch.allclose(plain, embeddings[:1], rtol=1e-3, atol=1e-4)):
         raise QuantTuneError(
             "The connected clip has no projection from text to the space of pictures (SD1.5 "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from ..quant.checkpoint import is_finite
+from ..quant.limits import is_finite
 from .compat import set_inference_dtype
 from .lora_keys import brief
 

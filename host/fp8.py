@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.tensor_file import TensorFile
 from .lora_keys import brief
 from .stock_int8 import MARK
@@ -74,8 +75,8 @@ def take_scales(own: dict[str, tuple[TensorFile, str]], files: list[TensorFile],
                                  f"weight is no fp8; {OTHER_LOADER}.")
         shape = weight[0].shapes[weight[1]]
         scale = file.read(key)
-        if not scale.is_floating_point() or scale.numel() not in (1, *shape[:1]) or not bool(
-                scale.float().isfinite().all()):
+        if not scale.is_floating_point() or scale.numel() not in (1, *shape[:1]) or (
+                not is_finite(scale)):
             raise QuantTuneError(f"{where} has a damaged scale for the layer '{brief(layer)}'; "
                                  "download it again.")
         found[f"{layer}.weight"] = Fp8(scale.to(torch.float32))

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from ..quant import QuantTuneError
 from ..quant.errors import in_one_line
+from ..quant.limits import is_finite
 from ..training.buckets import bucket_of, told
 from ..training.data import ROOM, TrainingImages, free_memory
 from .captions import metadata_file, metadata_state, with_metadata, with_text_files
@@ -236,7 +237,7 @@ def from_batch(batch: torch.Tensor, phrase: str, resolution: int, fit: str,
     if len(lines) != len(batch):
         raise QuantTuneError(f"There are {len(batch)} images and {len(lines)} lines of captions; "
                              "write one line for each image, or a single one for all.")
-    if not torch.isfinite(batch).all():
+    if not is_finite(batch):
         raise QuantTuneError("The connected images hold NaN or infinite values; check what makes "
                              "them.")
     pictures = [Image.fromarray((p[..., :3].cpu().float().clamp(0, 1) * 255).round().byte()

@@ -12,6 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter
 
 from ..quant import LowRank, QuantTuneError
+from ..quant.limits import is_finite
 from .compat import is_weight_patch
 from .layout import is_packed
 from .ops import scaled_layers
@@ -126,15 +127,11 @@ def _plain_loras(patches, shape) -> list[tuple[torch.Tensor, torch.Tensor, float
         if (up.shape[0] != shape[0] or up[0].numel() != down.shape[0]
                 or down[0].numel() != math.prod(shape[1:])):
             return None
-        if not math.isfinite(factor) or not all(_finite(t) for t in (up, down)):
+        if not math.isfinite(factor) or not (is_finite(up) and is_finite(down)):
             return None
         if factor:
             terms.append((up, down, factor))
     return terms
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(tensor.float().isfinite().all())
 
 
 def _set_low_rank(module, patches: list, terms: list | None, device: torch.device) -> None:

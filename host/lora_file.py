@@ -14,6 +14,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_with_strings
 from ..quant.whole_file import write_safetensors
 from ..training.lora_layer import LoraLayer
@@ -242,7 +243,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
     if dtype is None or not tensor.is_floating_point() or tensor.numel() == 1:
         return tensor
     converted = tensor.to(dtype)
-    if not bool(converted.isfinite().all()):
+    if not is_finite(converted):
         raise QuantTuneError(f"'{brief(key)}' holds values of up to {tensor.abs().max():.3g}, too "
                              "large for float16; save it as bfloat16 or float32.")
     return converted

@@ -14,6 +14,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..training.lora_layer import largest_rank
 from .lora_keys import ALPHA, DOWN, UP, brief, by_layer, key_map
 from .lora_peft import ENCODERS, WRAPPER, normalised, peft_config
@@ -210,8 +211,7 @@ def check_tensors(lora, name: str) -> None:
     if not lora:
         raise QuantTuneError(f"'{name}' holds no tensors; {AGAIN}.")
     for key, tensor in lora.items():
-        # Of 8-bit floats torch cannot ask.
-        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+        if not is_finite(tensor):
             raise QuantTuneError(f"'{name}' holds NaN or infinite values in '{brief(key)}'; "
                                  f"{AGAIN}, or train it with a lower learning rate.")
     for layer, tensors in by_layer(lora).items():
@@ -306,7 +306,7 @@ def _trial(patch, key: str, shape) -> float:
                                              key)
     if not changes or result.shape != shape or bool((result == 1).all()):
         raise ValueError(f"ComfyUI cannot compute it for a weight of {list(shape)} values")
-    return changes[0] if bool(result.isfinite().all()) else math.inf
+    return changes[0] if is_finite(result) else math.inf
 
 
 def _peak(tensor: Tensor) -> float:

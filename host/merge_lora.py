@@ -12,6 +12,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantSpec, QuantTuneError
+from ..quant.limits import is_finite
 from .build import quantized_model
 from .int8 import OPTION as INT8
 from .quantize import PREFIX, model_over
@@ -186,7 +187,7 @@ def patched_weight(patcher, key: str, weight: Tensor) -> Tensor:
     if weight.shape != shape:
         raise QuantTuneError(f"The LoRA changes the shape of the layer '{layer}', which cannot be "
                              "merged; use it with 'Load LoRA'.")
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise QuantTuneError(f"The LoRA makes NaN or infinite values of the layer '{layer}'; "
                              "lower its strength or use another file.")
     return weight

@@ -10,6 +10,7 @@ import torch
 from ..quant import QuantTuneError
 from ..quant.gptq import InputMoments, sample_rows
 from ..quant.int8 import RangeObserver
+from ..quant.limits import is_finite
 from .routing import buckets_of, timesteps_of
 
 RUN_TIME = ("cond_or_uncond", "sigmas", "sample_sigmas")
@@ -86,7 +87,7 @@ class ActivationWatch:
                         f"Layer '{name}' cannot be calibrated: {error}") from error
             if name in self.moments:
                 rows = sample_rows(x, module, self.rows, self._generator)
-                if not bool(rows.isfinite().all()):
+                if not is_finite(rows):
                     raise QuantTuneError(
                         f"Layer '{name}' cannot be calibrated: it reads NaN or infinite values; "
                         "use a precision the model can run in, or another file.")

@@ -17,6 +17,7 @@ from ..metrics.pareto import Point
 from ..metrics.sensitivity import Sensitivity
 from ..metrics.similarity import ssim
 from ..quant import QuantSpec, QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.plan import FLOAT_BYTES
 from .benchmark import one_step, wait_for
 from .build import quantized_model
@@ -117,7 +118,7 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
     bar = comfy.utils.ProgressBar(len(ways) + 1, node_id=node_id)
     record = record_forwards(patcher, samples, how.forwards)
     floats = _pictures(patcher, vae, samples, candidates.pictures)
-    if floats is not None and not bool(floats.isfinite().all()):
+    if floats is not None and not is_finite(floats):
         raise QuantTuneError("The pictures of the float MODEL hold NaN or infinite values already; "
                              "run the VAE in float32 (--fp32-vae), or set pictures to 0.")
     points = [Point(FLOAT, numel * FLOAT_BYTES, 8.0 * FLOAT_BYTES, 1.0, 0.0,
@@ -137,7 +138,7 @@ def pareto(patcher, vae, latent: dict, positive: Sequence, negative: Sequence,
         error = record.error(model)
         made = _pictures(model, vae, samples, candidates.pictures)
         alike = None
-        if made is not None and bool(made.isfinite().all()):
+        if made is not None and is_finite(made):
             alike = float(ssim(made, floats).mean())
         elif made is not None:
             error = math.nan

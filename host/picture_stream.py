@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from .images import folder_of
 from .picture_file import UNREADABLE, left_out, open_picture, picture_files
 
@@ -24,7 +25,7 @@ def pictures_of(batch: Tensor, name: str) -> Tensor:
     if batch.dim() != 4 or batch.shape[-1] not in (1, 3, 4) or not batch.numel():
         raise QuantTuneError(f"'{name}' has shape {list(batch.shape)}; connect an IMAGE with at "
                              "least one picture.")
-    if not bool(torch.isfinite(batch).all()):
+    if not is_finite(batch):
         raise QuantTuneError(f"'{name}' holds NaN or infinite values; check what makes them.")
     pictures = batch.movedim(-1, 1)
     return pictures[:, :3] if pictures.shape[1] > 1 else pictures.expand(-1, 3, -1, -1)

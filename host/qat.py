@@ -14,6 +14,7 @@ from PIL import Image
 from ..metrics.charts import loss_chart
 from ..quant import QuantizedCheckpoint, QuantTuneError
 from ..quant.int8 import ActivationRanges
+from ..quant.limits import is_finite
 from ..quant.qat import FakeQuantLayer
 from ..training.qat import QatTrainer, QatTraining
 from .build import quantized_model
@@ -239,7 +240,7 @@ def _recorded(reference, samples: Samples) -> tuple[ForwardRecord, list[int]]:
             samples.run(reference, index)
             owners += [samples.picture(index)] * (len(record.calls) - len(owners))
             bar.update(1)
-    if not all(bool(output.isfinite().all()) for _, _, output in record.calls):
+    if not all(is_finite(output) for _, _, output in record.calls):
         raise QuantTuneError("The reference computes NaN or infinite values, from which nothing "
                              "can be learnt; use a precision it can run in, or another file.")
     return record, owners

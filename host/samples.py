@@ -10,6 +10,7 @@ import comfy.samplers
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from .explain import explained
 
 
@@ -38,7 +39,7 @@ class Samples:
         if not self.latent.numel():
             raise QuantTuneError("There is no latent to calibrate with; connect 'Empty Latent "
                                  "Image', or the latents of pictures.")
-        if not bool(torch.isfinite(self.latent).all()):
+        if not is_finite(self.latent):
             raise QuantTuneError("The connected latents hold NaN or infinite values; check what "
                                  "makes them.")
         if how.sampler not in comfy.samplers.KSampler.SAMPLERS:

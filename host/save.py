@@ -17,6 +17,7 @@ from ..quant import (
     save_scale_set,
 )
 from ..quant.int8 import Int8Weight
+from ..quant.limits import is_finite
 from ..quant.whole_file import write_safetensors
 from .build import quantized_model
 from .compat import knows_stock_int8
@@ -105,7 +106,7 @@ def save_for_stock(patcher, prefix: str) -> tuple[str, str]:
 def _half(value: torch.Tensor) -> torch.Tensor:
     """In float16, or in bfloat16 what is too large for that."""
     half = value.to(torch.float16)
-    return half if bool(half.isfinite().all()) else value.to(torch.bfloat16)
+    return half if is_finite(half) else value.to(torch.bfloat16)
 
 
 def mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:

@@ -15,6 +15,7 @@ from ..metrics.sensitivity import INT8, PRECISIONS, Sensitivity, bits_of
 from ..quant import QuantizedWeight, QuantSpec, QuantTuneError, shortcut_splits
 from ..quant.groups import group_of
 from ..quant.int8 import quantize_tensor
+from ..quant.limits import is_finite
 from .build import quantized_model, resident
 from .explain import explained
 from .identity import identity_of
@@ -168,7 +169,7 @@ def record_forwards(patcher, samples: Samples, forwards: int) -> ForwardRecord:
             samples.run(patcher, index)
     if not record.calls:
         raise QuantTuneError("The model was not run once; use more samples or fewer forwards.")
-    if not all(bool(output.isfinite().all()) for _, _, output in record.calls):
+    if not all(is_finite(output) for _, _, output in record.calls):
         raise QuantTuneError("The MODEL computes NaN or infinite values already in float; use a "
                              "precision it can run in, or another file.")
     comfy.model_management.load_models_gpu([patcher])

@@ -10,6 +10,7 @@ import torch
 
 from ..quant import QuantizedCheckpoint, QuantizedWeight, QuantTuneError, pack
 from ..quant.checkpoint import check_float
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_safetensors
 from .describe import describe_config
 
@@ -85,7 +86,7 @@ def _layer(path: str, name: str, tensors: dict) -> QuantizedWeight:
     if scale is None or not scale.is_floating_point() or scale.numel() not in (1, outputs):
         raise wrong("without a scale, or with one of a wrong size")
     scale = scale.float().reshape(-1, 1).expand(outputs, 1).contiguous()
-    if not bool(scale.isfinite().all()):
+    if not is_finite(scale):
         raise wrong("whose scale is not finite")
     codes = (values.to(torch.int16) + MIDDLE).to(torch.uint8).flatten(1)
     return QuantizedWeight(pack(codes, 8), scale, torch.full_like(scale, MIDDLE), 8,

@@ -20,6 +20,7 @@ from ..quant import (
     load_quantized_unet,
     load_scale_set,
 )
+from ..quant.limits import is_finite
 from ..quant.tensor_file import PICKLED, open_tensors
 from ..quant.tuneqdm_convert import find_base, from_state, to_state
 from ..quant.tuneqdm_state import TuneqdmState, is_state, load_unpickled, read_state
@@ -248,7 +249,7 @@ def _norms(missing: list[str], theirs: Mapping[str, str], path: Path,
                                  f"TuneQDM state {path} does not hold either; give the model that "
                                  "was trained on as base.")
         value = places[key].read(key)
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
+        if not value.is_floating_point() or not is_finite(value):
             raise QuantTuneError(f"The folder {folder / part} has NaN or infinite values in "
                                  f"'{brief(key)}'; save or download it again.")
         found[name] = value

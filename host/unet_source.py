@@ -7,7 +7,6 @@ Diffusers' folders and files, checkpoints in the original names with or without 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError, UNetMetadata
+from ..quant.limits import is_finite
 from ..quant.safe_file import own_format
 from ..quant.tensor_file import TensorFile, open_tensors
 from .diffusers_config import UNET_FIXED, Settings
@@ -87,11 +87,9 @@ class UNetSource:
         if name in self._scales:
             value = self._scales[name].to_float(value)
         value = value.to(self.dtype(name))
-        if value.numel():
-            low, high = (float(v) for v in torch.aminmax(value))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise QuantTuneError(
-                    f"{self.where} has NaN or infinite values in '{brief(key)}'; {AGAIN}.")
+        if not is_finite(value):
+            raise QuantTuneError(
+                f"{self.where} has NaN or infinite values in '{brief(key)}'; {AGAIN}.")
         return value
 
 

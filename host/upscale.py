@@ -12,6 +12,7 @@ import latent_preview
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.paging import give_back
 from .explain import explained
 from .tiled_decode import decode_into, decode_tiling
@@ -123,7 +124,7 @@ def _sampled(model, host, tiles: Tiling, positive, negative, cfg: float, seed: i
             model.load_device, comfy.samplers.sampler_object(host.sampler), host.sigmas,
             model.model_options, latent_image=empty, callback=bar.step(model, size),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
-    if not latent.isfinite().all():
+    if not is_finite(latent):
         raise QuantTuneError("The upscaler's result is NaN or infinite; take another scheduler, "
                              "more steps or a lower cfg, or get its file again.")
     return latent.to(comfy.model_management.intermediate_device())

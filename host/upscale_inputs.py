@@ -10,6 +10,7 @@ import comfy.samplers
 import torch
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 
 SCALE = 4
 SMALLEST_TILE = 64
@@ -65,7 +66,7 @@ def check_image(image) -> torch.Tensor:
     if not image.is_floating_point():
         raise QuantTuneError(f"The image holds whole numbers ({image.dtype}), but ComfyUI's images "
                              "are fractions of 0 to 1; divide what makes it by 255.")
-    if not bool(torch.isfinite(image).all()):
+    if not is_finite(image):
         raise QuantTuneError("The image holds NaN or infinite values; check what makes it.")
     return image
 
@@ -139,7 +140,7 @@ def check_conditioning(model, positive: Sequence, negative: Sequence) -> tuple[l
             if not embedding.numel():
                 raise QuantTuneError(f"The {name} conditioning is empty ({list(embedding.shape)}); "
                                      "connect 'CLIP Text Encode', or nothing.")
-            if not bool(embedding.isfinite().all()):
+            if not is_finite(embedding):
                 raise QuantTuneError(f"The {name} conditioning holds NaN or infinite values; check "
                                      "what makes it, or get its text encoder again.")
             strength = extra.get("strength")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 
 
 class FeatureNetwork(Protocol):
@@ -63,10 +64,10 @@ def collect_features(network: FeatureNetwork, batches: Iterable[Tensor],
     """
     found, done = [], 0
     for batch in batches:
-        if not bool(torch.isfinite(batch).all()):
+        if not is_finite(batch):
             raise QuantTuneError("The images hold NaN or infinite values; check what makes them.")
         features = network.features(batch.float().clamp(0, 1))
-        if not bool(torch.isfinite(features).all()):
+        if not is_finite(features):
             raise QuantTuneError(f"The features of the {network.name} hold NaN or infinite values; "
                                  "its weights are damaged or do not fit its precision.")
         found.append(features)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_with_strings
 from ..quant.tensor_file import load_unpickled
 
@@ -57,7 +58,7 @@ def check_pair(pictures: Tensor, reference: Tensor, smallest: int, measure: str)
         if batch.dim() != 4 or batch.shape[1] != 3:
             raise QuantTuneError(f"The {name} have shape {list(batch.shape)}; {measure} needs RGB "
                                  "pictures.")
-        if not bool(torch.isfinite(batch).all()):
+        if not is_finite(batch):
             raise QuantTuneError(f"The {name} hold NaN or infinite values; check what makes them.")
     (height, width), other = pictures.shape[-2:], reference.shape[-2:]
     if pictures.shape[-2:] != other:
@@ -158,7 +159,7 @@ def load_perceptual_network(path: str | Path) -> PerceptualNetwork:
     for name, blank in module.net.state_dict().items():
         key = "features." + name.split(".", 2 if backbone.name == "squeeze" else 1)[-1]
         weight = state.get(key)
-        if weight is None or weight.shape != blank.shape or not bool(torch.isfinite(weight).all()):
+        if weight is None or weight.shape != blank.shape or not is_finite(weight):
             what = ("has no" if weight is None else "has the wrong shape of"
                     if weight.shape != blank.shape else "has NaN or infinite values in")
             raise QuantTuneError(f"The {backbone.title} file '{file}' {what} '{key}'; use "

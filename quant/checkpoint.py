@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .fingerprint import fingerprint
 from .int8.ranges import ActivationRanges
+from .limits import is_finite, is_whole
 from .mapped_file import MappedFile
 from .packing import packed_shape
 from .safe_file import DTYPE_NAMES, read_safetensors
@@ -353,14 +354,10 @@ def _read_layer(path: str, name: str, facts: Any, tensors: dict[str, Tensor]) ->
     for label, tensor in (("scale", scale), ("zero point", zero_point)):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != (shape[0], parts):
             raise wrong(f"its {label} is {list(tensor.shape)} {tensor.dtype}")
-    low, high = (float(v) for v in torch.aminmax(scale))
-    if not (low > 0 and math.isfinite(high)):
+    if not is_finite(scale) or float(scale.min()) <= 0:
         raise wrong("a scale is NaN, infinite or not above 0")
-    low, high = (float(v) for v in torch.aminmax(zero_point))
     # A base quantized elsewhere may have zero points outside of 0 .. 2**bits - 1.
-    if not (math.isfinite(low) and math.isfinite(high)) or bool(
-        (zero_point != zero_point.round()).any()
-    ):
+    if not is_whole(zero_point):
         raise wrong("a zero point is not a whole number")
     return QuantizedWeight(packed, scale, zero_point, bits, tuple(shape), split, facts["symmetric"])
 
@@ -374,12 +371,3 @@ def check_float(path: str, name: str, tensor: Tensor) -> None:
         )
     if not is_finite(tensor):
         raise QuantTuneError(f"The file {path} has NaN or infinite values in {name}; {AGAIN}.")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor an infinity; in one pass without temporaries."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    # 8-bit floats have no such reduction.
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
-    return all(math.isfinite(float(v)) for v in torch.aminmax(wide))

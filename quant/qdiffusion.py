@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
-from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO
+from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO, is_finite, is_whole, largest
 from .qdiffusion_layer import QDiffusionLayer, Rounding
 from .spec import SUPPORTED_BITS
 from .torch_archive import StoredTensor, TensorArchive, is_archive
@@ -161,7 +161,7 @@ def _float(path: str, tensor: StoredTensor) -> Tensor:
             "choose another checkpoint."
         )
     values = tensor.read()
-    if not bool(values.isfinite().all()):
+    if not is_finite(values):
         raise QuantTuneError(
             f"The file {path} has NaN or infinite values in {tensor.name[:100]!r}; download it "
             "again or choose another checkpoint."
@@ -230,16 +230,16 @@ class _Reader:
                 raise self.wrong(f"has a {prefix[1:]}{part} of type {tensor.dtype}")
             values.append(tensor.read().reshape(-1))
         delta, zero_point = values
-        low, high = (float(v) for v in torch.aminmax(delta))
-        if not (low > 0 and math.isfinite(high)):
+        low = float(delta.min())
+        if not is_finite(delta) or low <= 0:
             raise self.wrong(f"has a {prefix[1:]}delta that is NaN, infinite or not above 0")
         if low < torch.finfo(torch.float32).tiny:
             raise self.wrong(f"has a {prefix[1:]}delta of {low:.3g}, which no channel has")
-        if high > LARGEST_SCALE:
-            raise self.wrong(f"has a {prefix[1:]}delta of {high:.3g}, which no channel has")
-        if not bool((zero_point.isfinite() & (zero_point == zero_point.round())).all()):
+        if (most := largest(delta)) > LARGEST_SCALE:
+            raise self.wrong(f"has a {prefix[1:]}delta of {most:.3g}, which no channel has")
+        if not is_whole(zero_point):
             raise self.wrong(f"has a {prefix[1:]}zero_point that is not a whole number")
-        if float(zero_point.abs().max()) > LARGEST_ZERO:
+        if largest(zero_point) > LARGEST_ZERO:
             raise self.wrong(f"has a {prefix[1:]}zero_point that no channel has")
         alpha = self.take(f"{prefix}alpha")
         if alpha is not None and not alpha.dtype.is_floating_point:

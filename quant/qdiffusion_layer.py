@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import is_finite
 from .packing import pack, packed_shape
 from .paging import let_go
 from .torch_archive import StoredTensor
@@ -78,7 +79,7 @@ class QDiffusionLayer:
                     part.round_()
                 else:
                     alpha = rounding.alpha.rows(block).flatten(1)
-                    if not bool(alpha.isfinite().all()):
+                    if not is_finite(alpha):
                         raise QuantTuneError(
                             f"The layer {self.name[:100]!r} of {self._weight.path} has NaN or an "
                             "infinity in its alpha; download the checkpoint again or choose "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import is_finite
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class ScaleSet:
                     f"The scales {name}.{label} have type {tensor.dtype}, but they have to be "
                     "float; train or download the scale file again."
                 )
-            if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            if tensor.device.type != "meta" and not is_finite(tensor):
                 raise QuantTuneError(
                     f"The scales {name}.{label} hold NaN or infinite values, so the training "
                     "that made them diverged; train again with a lower learning rate."

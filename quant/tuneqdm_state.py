@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
-from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO
+from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO, is_finite, is_whole, largest
 from .spec import SUPPORTED_BITS
 from .tensor_file import load_unpickled
 
@@ -148,12 +148,12 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
     return TuneqdmState(layers, floats, dict(config), said, steps, width, ours)
 
 
-def _finite(path: str, label: str, value: Tensor, largest: float = math.inf) -> Tensor:
+def _finite(path: str, label: str, value: Tensor, limit: float = math.inf) -> Tensor:
     """A tensor of floats as float32; refused with NaN or with more than a model has."""
     numbers = value.to(torch.float32) if value.is_floating_point() else None
-    if numbers is None or not bool(numbers.isfinite().all()):
+    if numbers is None or not is_finite(numbers):
         raise _damaged(path, f"{label} is not finite, or no float")
-    if numbers.numel() and (most := float(numbers.abs().max())) > largest:
+    if (most := largest(numbers)) > limit:
         raise _damaged(path, f"{label} has a value of {most:.3g}, which no model has")
     return numbers
 
@@ -173,7 +173,7 @@ def _ours(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             type(told[key]) is kinds[key] for key in told) and isinstance(scaled, dict)
         scales = found[OUR_SCALES]
         whole = whole and all(isinstance(s, Tensor) and s.dtype == torch.float32
-                              and s.dim() == 2 and len(s) == 2 and bool(s.isfinite().all())
+                              and s.dim() == 2 and len(s) == 2 and is_finite(s)
                               and bool((s[0] > 0).all()) for s in scales.values())
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}, {}
@@ -235,7 +235,7 @@ def _layer(path: str, name: str, own: Mapping[str, Tensor], experts: int, symmet
         if not zero.is_floating_point() and zero.dtype not in INTEGER_TYPES:
             raise _damaged(path, f"{label}.{ZERO} is {zero.dtype}, no numbers")
         zero = zero.flatten().to(torch.float32)
-        if not bool((zero.isfinite() & (zero == zero.round())).all()):
+        if not is_whole(zero):
             raise _damaged(path, f"{label}.{ZERO} is not whole numbers")
         _finite(path, f"{label}.{ZERO}", zero, LARGEST_ZERO)
     s0, z = own_scales if own_scales is not None and own_scales.shape[1:] == shape[:1] else (

@@ -21,8 +21,8 @@ import torch
 
 from ..host.compat import set_inference_dtype
 from ..host.float_model import check_fits, check_numbers
-from ..quant.checkpoint import is_finite
 from ..quant.errors import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.safe_file import read_with_strings
 from .config import CLIP, TOKENS, VOCABULARY_SIZE
 

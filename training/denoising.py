@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..quant import LayerScales, QuantTuneError
+from ..quant.limits import is_finite
 from .data import EmptyCaptions, TrainingSet
 from .loop import TrainingLoop, plain
 from .objective import denoising_loss, loss_weight
@@ -187,7 +188,7 @@ class DenoisingTrainer(TrainingLoop):
 
     def healthy(self) -> bool:
         """See `TrainingLoop.healthy`."""
-        return all(bool(p.isfinite().all()) for p in self.parameters)
+        return all(map(is_finite, self.parameters))
 
     def settings(self) -> dict:
         """See `TrainingLoop.settings`."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.torch_archive import tensors_in
 from .history import LossFile, StepRecord, Trackers, usable_trackers
 from .processes import from_first, leave_together
@@ -213,8 +214,7 @@ class TrainingLoop(ABC):
                     range(1, step + 1)):
                 raise ValueError("steps")
             # Saved is a state only while the loss is a number.
-            if not all(bool(t.isfinite().all()) for t in tensors_in(state)
-                       if t.is_floating_point()):
+            if not all(map(is_finite, tensors_in(state))):
                 raise ValueError("values")
             self.step = self._saved = step
             self.load(state)

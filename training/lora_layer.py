@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LoraLayer:
                 continue
             value = value.detach().to("cpu", torch.float32).contiguous()
             object.__setattr__(self, name, value)
-            if not bool(value.isfinite().all()):
+            if not is_finite(value):
                 raise QuantTuneError(f"Its '{name}' holds NaN or infinite values; train it again "
                                      "with a lower learning rate, or use another file.")
         object.__setattr__(self, "alpha", float(self.alpha))

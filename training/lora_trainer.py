@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from .adapters import Adapters
 from .data import EmptyCaptions, TrainingSet
 from .denoising import Denoiser, DenoisingTrainer
@@ -158,7 +159,7 @@ class LoraTrainer(DenoisingTrainer):
         """See `TrainingLoop.load`."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                if parameter.shape != value.shape or not bool(value.isfinite().all()):
+                if parameter.shape != value.shape or not is_finite(value):
                     raise ValueError("parameters")
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
+from ..quant.limits import is_finite
 from ..quant.qat import FakeQuantLayer
 from .history import StepRecord
 from .loop import TrainingLoop, plain
@@ -163,7 +164,7 @@ class QatTrainer(TrainingLoop):
 
     def healthy(self) -> bool:
         """See `TrainingLoop.healthy`."""
-        return all(bool(p.isfinite().all()) for p in self.parameters)
+        return all(map(is_finite, self.parameters))
 
     def settings(self) -> dict:
         """See `TrainingLoop.settings`."""
