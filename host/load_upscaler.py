@@ -115,13 +115,31 @@ def load_folder_vae(folder: str, disable_dynamic: bool = False):
 
 
 def load_checkpoint(path: Path):
-    """MODEL, CLIP and VAE of a single file in the original names, by the host's own loader."""
+    """MODEL, CLIP and VAE of a single file in the original names, by the host's own loader.
+
+    The file is opened once: what was looked at is what the host is given.
+    """
     check_file(path)
-    tensors = comfy.utils.load_torch_file(str(path))
+    tensors, strings = comfy.utils.load_torch_file(str(path), return_metadata=True)
     check_numbers({key: value for key, value in tensors.items() if key.startswith((UNET, VAE))},
                   f"The file {path}")
-    del tensors
-    return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=_embeddings())[:3]
+    model, clip, vae = comfy.sd.load_state_dict_guess_config(
+        tensors, embedding_directory=_embeddings(), metadata=strings)[:3]
+    # The host's loader of files notes these, under names that change from release to release.
+    again = str(path), _embeddings()
+    model.cached_patcher_init = (comfy.sd.load_checkpoint_guess_config_model_only, again)
+    if clip is not None:
+        clip.patcher.cached_patcher_init = (comfy.sd.load_checkpoint_guess_config_clip_only, again)
+    vae.patcher.cached_patcher_init = (load_checkpoint_vae, again[:1])
+    return model, clip, vae
+
+
+def load_checkpoint_vae(path: str, disable_dynamic: bool = False):
+    """The patcher of a single file's VAE; the factory the host reloads it with."""
+    loaded = comfy.sd.load_checkpoint_guess_config(path, output_clip=False, output_model=False)
+    patcher = loaded[2].patcher
+    patcher.cached_patcher_init = (load_checkpoint_vae, (path,))
+    return patcher
 
 
 def upscaler_model(part: Part, disable_dynamic: bool = False):

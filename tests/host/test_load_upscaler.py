@@ -262,6 +262,34 @@ class TestSingleFile:
         answer = host_forward(model, unet_inputs(1024, 1, 8))
         assert torch.equal(answer, torch.full_like(answer, 3))
 
+    def test_it_is_opened_once_and_the_host_can_make_each_again(self, state, host_folders,
+                                                                monkeypatch):
+        import comfy.utils
+
+        opened, real = [], comfy.utils.load_torch_file
+
+        def watched(path, *args, **kwargs):
+            opened.append(path)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(comfy.utils, "load_torch_file", watched)
+        path = self.write(state, host_folders)
+        model, _, vae = load("x4.safetensors")
+        assert opened == [str(path)]
+        for patcher in (model, vae.patcher):
+            factory, arguments = patcher.cached_patcher_init
+            again = factory(*arguments, disable_dynamic=True)
+            first = patcher.model.state_dict()
+            # The file's own tensors; a VAE that lacks some has whatever was in memory.
+            for key, value in again.model.state_dict().items():
+                if f"model.{key}" in state or f"first_stage_model.{key}" in state:
+                    assert torch.equal(value, first[key]), key
+
+    def test_numbers_of_no_model(self, state, host_folders):
+        state["model.diffusion_model.out.2.bias"][1] = torch.nan
+        self.write(state, host_folders)
+        told("holds NaN or infinite values in", "x4.safetensors")
+
     def test_not_whole(self, state, host_folders):
         path = self.write(state, host_folders)
         path.write_bytes(path.read_bytes()[:-100])
