@@ -81,13 +81,18 @@ def replay(readers: dict, options: argparse.Namespace) -> int:
     """One file again, kept in a folder if one is given; returns 1 if it fails."""
     import tempfile
 
-    from quanttune.benchmarks._fuzz import run
+    from quanttune.benchmarks._fuzz import registry, run
 
     name, _, number = options.replay.rpartition(":")
     reader = readers[name]
-    made, target = run.case(reader.name, reader.seeds(), reader.choose, options.seed, int(number))
+    registry.preload([name])
+    seeds = reader.seeds()
+    made, target = run.case(reader.name, seeds, reader.choose, options.seed, int(number))
     with tempfile.TemporaryDirectory() as folder:
-        kind, told, taken = run.one(reader, run.Bench(Path(folder, "bench")), made, target)
+        bench = run.Bench(Path(folder, "bench"))
+        for kind, told in run.warm_up(reader, bench, seeds):
+            print(f"{kind}: {told}")
+        kind, told, taken = run.one(reader, bench, made, target)
     print(f"{target}: {kind}: {told} ({taken / 2**20:.0f} MiB)")
     if options.keep:
         for path, content in made.items():

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -232,6 +232,19 @@ def one(
     return kind, told, taken
 
 
+def warm_up(reader: Reader, bench: Bench, seeds: Sequence[Files]) -> Iterator[tuple[str, str]]:
+    """Read the seeds as they are, so that what libraries take when they load is not counted.
+
+    Yields:
+        Kind and sentence for each that is not accepted, as whole files have to be.
+    """
+    patient = replace(reader, memory=2**34)
+    for files in seeds:
+        kind, told, _ = one(patient, bench, files, next(filter(reader.choose, files)), 60.0)
+        if kind != ACCEPTED:
+            yield f"a whole file: {kind}", told
+
+
 def _work(
     reader: Reader,
     seed: int,
@@ -256,17 +269,8 @@ def _work(
     warnings.simplefilter("ignore")
     peak = 0
     with os.fdopen(pipe, "w") as out:
-        for files in seeds:  # as they are: libraries are loaded, and whole files have to be read
-            name = next(n for n in files if reader.choose(n))
-            kind, told, _ = one(
-                Reader(**{**reader.__dict__, "memory": 2**34}), bench, files, name, 60.0
-            )
-            if kind != ACCEPTED:
-                print(
-                    json.dumps({"number": -1, "kind": f"a whole file: {kind}", "told": told}),
-                    file=out,
-                    flush=True,
-                )
+        for kind, told in warm_up(reader, bench, seeds):
+            print(json.dumps({"number": -1, "kind": kind, "told": told}), file=out, flush=True)
         limit = resident() + ADDRESSES
         try:
             with open("/proc/self/statm", "rb") as file:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,23 @@ def test_broken_readers_are_caught(host):
     assert found.pop("good") == []
     for kind, kinds in found.items():
         assert kind.partition(",")[0] in kinds, kind
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_replay_counts_what_the_file_takes_and_not_what_libraries_do(host, capsys, always):
+    from quanttune.benchmarks import abuse
+    from quanttune.benchmarks._fuzz.run import Reader
+
+    kept = []
+
+    def read(folder, target):
+        if always or not kept:  # 128 MiB, as an import takes them once
+            kept.append(b"x" * 2**27)
+
+    reader = Reader("greedy", lambda: [{"a.txt": b"one two three"}], read, lambda *_: None)
+    options = SimpleNamespace(replay="greedy:7", seed=0, keep=None)
+    assert abuse.replay({"greedy": reader}, options) == int(always)
+    assert ("memory: 12" in capsys.readouterr().out) == always
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.toml", "a.jsonl", "a.bin", "a.safetensors", "a.png"])
