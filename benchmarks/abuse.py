@@ -4,6 +4,7 @@
     python dev.py bench abuse -- --part files --reader "scale set" --count 2000
     python dev.py bench abuse -- --part files --replay "scale set:17" --keep FOLDER
     python dev.py bench abuse -- --part server --kind kills
+    python dev.py bench abuse -- --part server --kind kills --kill "Train QAT:saving"
 
 Each file is a small valid one with one to three changes, most of which know the file's form. It has
 to be refused in one sentence that names it, or read as an independent reader reads it. Another
@@ -24,6 +25,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from quanttune.benchmarks._server_abuse import part as server_part
 
 PARTS = ("files", "server")
 
@@ -72,9 +75,7 @@ def files(options: argparse.Namespace) -> tuple[dict, int]:
 
 def server(options: argparse.Namespace) -> tuple[dict, int]:
     """Mistreat a server; returns numbers and how much was not as it should be."""
-    from quanttune.benchmarks._server_abuse import part
-
-    return part.server(options)
+    return server_part.server(options)
 
 
 def replay(readers: dict, options: argparse.Namespace) -> int:
@@ -125,9 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         help="of the server's part; all by default",
     )
+    parser.add_argument(
+        "--kill",
+        metavar="JOB[:STAGE]",
+        action="append",
+        default=[],
+        help="of the kind kills only this job or stage of it, as the results name them",
+    )
     parser.add_argument("--cycles", type=int, default=1000, help="graphs queued and cancelled")
     parser.add_argument("--json", metavar="FILE", type=Path)
     options = parser.parse_args(arguments)
+    if unknown := set(options.kill) - set(known := server_part.kill_names()):
+        parser.error(f"--kill {min(unknown)}: it has to be one of {', '.join(known)}")
     found, failed = {}, 0
     for part in options.part or PARTS:
         found[part], failures = globals()[part](options)
@@ -136,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Parts and kinds that were not asked for stay as they were found before.
         before = json.loads(options.json.read_text("utf-8")) if options.json.exists() else {}
         if "server" in found:
-            found["server"] = {**before.get("server", {}), **found["server"]}
+            found["server"] = server_part.merged(before.get("server", {}), found["server"])
         options.json.write_text(json.dumps({**before, **found}, indent=1) + "\n", "utf-8")
     return int(failed > 0)
 

@@ -20,6 +20,7 @@ from ..quant import (
     load_quantized_unet,
 )
 from ..quant import fingerprint as fingerprint_of
+from ..quant.paging import give_back_after
 from ..quant.torch_archive import SUFFIXES as CHECKPOINTS
 from .bnb_file import is_bnb_file, read_bnb
 from .compat import set_inference_dtype
@@ -117,6 +118,7 @@ def build_model(checkpoint: QuantizedCheckpoint, name: str, dtypes: tuple | None
         # A copy: the host moves each of its models to a device of its own.
         setattr(model, attribute, copy.deepcopy(value))
 
+    give_back_after(model)
     patcher_class = (comfy.model_patcher.ModelPatcher if disable_dynamic
                      else comfy.model_patcher.CoreModelPatcher)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..quant.limits import is_finite
+from ..quant.paging import give_back_after
 from .compat import set_inference_dtype
 from .lora_keys import brief
 
@@ -45,6 +46,7 @@ def float_model(config, construct: Callable, state: dict[str, Tensor], where: st
         raise unbuilt(where, error) from error
     check_fits(skeleton, {key: value.shape for key, value in state.items()}, where)
     model = construct(None)
+    give_back_after(model)
     patchers = comfy.model_patcher
     make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     patcher = make(model, load_device=load_device, offload_device=offload_device)

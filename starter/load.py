@@ -23,6 +23,7 @@ from ..host.compat import set_inference_dtype
 from ..host.float_model import check_fits, check_numbers
 from ..quant.errors import QuantTuneError
 from ..quant.limits import is_finite
+from ..quant.paging import give_back_after
 from ..quant.safe_file import read_with_strings
 from .config import CLIP, TOKENS, VOCABULARY_SIZE
 
@@ -135,6 +136,7 @@ def patcher_of(config, state: dict, model_options: dict, disable_dynamic: bool =
     patchers = comfy.model_patcher
     make = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     model = config.get_model(state, "")
+    give_back_after(model)
     patcher = make(model, load_device=load_device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)

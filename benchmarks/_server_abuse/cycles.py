@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from . import probe
 from .graphs import OTHER_SCALES, SCALES, Graphs
 
 LIMIT = 0.01
@@ -33,6 +34,7 @@ class Cycles:
             stands behind.
         errors: what nodes said, where anything failed.
         freed: every so many cycles, their number and the MiB before and after `/free`.
+        in_use: what the probe told then, with the number of cycles; nothing of a server without it.
         same: whether a run afterwards gives the picture of the run before, bit for bit.
     """
 
@@ -42,6 +44,7 @@ class Cycles:
     anonymous: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     freed: list[tuple[int, float, float]] = field(default_factory=list)
+    in_use: list[dict[str, float]] = field(default_factory=list)
     same: bool = False
     seconds: float = 0.0
 
@@ -60,6 +63,13 @@ def growth(samples: list[float], warm: int, window: int = WINDOW) -> float:
     """Of the median of the last ``window`` over that of the ``window`` after ``warm``, minus 1."""
     window = min(window, max(1, (len(samples) - warm) // 2))
     return statistics.median(samples[-window:]) / statistics.median(samples[warm:][:window]) - 1
+
+
+def growth_in_use(samples: list[dict[str, float]], warm: int) -> dict[str, float]:
+    """Of what the probe told, relative, from the first after ``warm`` cycles to the last."""
+    after = [told for told in samples if told["cycles"] >= warm]
+    names = ("given_out", "python_blocks") if after else ()
+    return {name: after[-1][name] / after[0][name] - 1 for name in names}
 
 
 def ours(graphs: Graphs, chance: random.Random, number: int) -> tuple[str, dict[str, Any]]:
@@ -91,35 +101,46 @@ def run(
     warm: int = 200,
     make: Callable = ours,
     longest: float = 0.9,
+    probed: bool = False,
     say: Callable[[str], None] = print,
 ) -> Cycles:
     """Queue and cancel ``count`` graphs on a running server, and look whether it is unharmed.
+
+    Ctrl-C ends it early; what was measured until then counts.
 
     Args:
         server: a `HostProcess`.
         warm: cycles before memory counts.
         make: gives the graphs.
         longest: seconds at most before one is cancelled.
+        probed: whether the server has the `probe`.
     """
     client, chance = server.client, random.Random(seed)
     graphs, found = Graphs(client.object_info()), Cycles()
     sample = graphs.quantized(7) if make is ours else graphs.stock(7)
     before = picture(client, sample)
     began = time.monotonic()
-    for number in range(count):
-        kind, graph = make(graphs, chance, number)
-        found.kinds[kind] += 1
-        _cycle(client, graph, chance, longest, found)
-        rss, anonymous = memory(server.process.pid)
-        found.rss.append(rss)
-        found.anonymous.append(anonymous)
-        if (number + 1) % WINDOW == 0 or number + 1 == count:
-            found.freed.append((number + 1, rss, free(server)))
-        if (number + 1) % 50 == 0:
-            say(
-                f"{number + 1:5} cycles, {time.monotonic() - began:6.0f} s, {rss:7.0f} MiB "
-                f"({anonymous:.0f} anonymous), {dict(found.ended)}"
-            )
+    try:
+        for number in range(count):
+            kind, graph = make(graphs, chance, number)
+            found.kinds[kind] += 1
+            _cycle(client, graph, chance, longest, found)
+            rss, anonymous = memory(server.process.pid)
+            found.rss.append(rss)
+            found.anonymous.append(anonymous)
+            if (number + 1) % WINDOW == 0 or number + 1 == count:
+                found.freed.append((number + 1, rss, free(server)))
+                # The host keeps every graph it has run, up to 10,000: its history is not a leak.
+                client.post("/history", {"clear": True})
+                if probed:
+                    found.in_use.append({"cycles": number + 1, **client.get(probe.ROUTE)})
+            if (number + 1) % 50 == 0:
+                say(
+                    f"{number + 1:5} cycles, {time.monotonic() - began:6.0f} s, {rss:7.0f} MiB "
+                    f"({anonymous:.0f} anonymous), {dict(found.ended)}"
+                )
+    except KeyboardInterrupt:
+        say(f"stopped after {len(found.rss)} cycles, which count")
     found.same = picture(client, sample) == before
     found.seconds = time.monotonic() - began
     return found

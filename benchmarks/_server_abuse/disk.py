@@ -64,8 +64,25 @@ def _base(graphs: Graphs, bits: str = "8") -> dict[str, Any]:
     }
 
 
-def savers(graphs: Graphs) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The nodes that write files, by a title: class and graph, with the saver at "save"."""
+def export_source(models: Path) -> str:
+    """A tiny SD1 UNet, random weights, among the models: what 'Load Diffusers UNet' calls it.
+
+    diffusers has a name for every tensor of it, which it has not for the starter's.
+    """
+    from quanttune.tests.host import unets
+
+    name = "tiny-sd"
+    if not (models / "diffusers" / name).exists():
+        unets.save_pipeline(unets.tiny_unet(), models / "diffusers" / name)
+    return f"{name}/"
+
+
+def savers(graphs: Graphs, models: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The nodes that write files, by a title: class and graph, with the saver at "save".
+
+    Args:
+        models: the server's folder of models, for what one of them saves.
+    """
     trained = {
         k: graphs.trained(k, f"full-{k}", 2, checkpointing=False) for k in ("scales", "lora")
     }
@@ -78,9 +95,11 @@ def savers(graphs: Graphs) -> dict[str, tuple[str, dict[str, Any]]]:
         model=["quantized", 0], filename_prefix="quanttune/full")  # fmt: skip
     add("stock INT8", "QuantTuneSaveForStock", _base(graphs),
         model=["quantized", 0], filename_prefix="diffusion_models/full")  # fmt: skip
-    for form in ("ComfyUI file", "diffusers folder"):
-        add(f"float UNet, {form}", "QuantTuneExportUNet", _base(graphs), model=["quantized", 0],
-            format=form, filename_prefix="diffusion_models/full")  # fmt: skip
+    add("float UNet, ComfyUI file", "QuantTuneExportUNet", _base(graphs), model=["quantized", 0],
+        format="ComfyUI file", filename_prefix="diffusion_models/full")  # fmt: skip
+    tiny = {"tiny": graphs.node("QuantTuneLoadDiffusersUNet", unet=export_source(models))}
+    add("float UNet, diffusers folder", "QuantTuneExportUNet", tiny, model=["tiny", 0],
+        format="diffusers folder", filename_prefix="diffusion_models/full")  # fmt: skip
     add("scales", "QuantTuneSaveScales", trained["scales"],
         scales=["train", 0], filename_prefix="quanttune_scales/full")  # fmt: skip
     for form in ("ComfyUI / kohya", "diffusers", "peft"):
@@ -127,7 +146,7 @@ def run(server, titles: list[str] | None = None, say: Callable[[str], None] = pr
     """Fill the disk of a running server's output folder, and save with every node that saves."""
     client, output = server.client, server.folder / "output"
     graphs, filler, found = Graphs(client.object_info()), Filler(output), []
-    for title, (kind, graph) in savers(graphs).items():
+    for title, (kind, graph) in savers(graphs, server.folder / "models").items():
         if titles is not None and title not in titles:
             continue
         source = {k: v for k, v in graph.items() if k != "save"}

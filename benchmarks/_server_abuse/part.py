@@ -13,7 +13,7 @@ from pathlib import Path
 from quanttune.devtools.environment import DEV, Environment
 from quanttune.devtools.host_process import HostProcess
 
-from . import clients, cycles, disk, kills, replaced
+from . import clients, cycles, disk, kills, probe, replaced
 
 KINDS = ("cycles", "stock", "clients", "kills", "disk", "replaced")
 
@@ -55,15 +55,17 @@ def _say(line: str) -> None:
 
 
 def _cycles(folder: Path, options: argparse.Namespace, make=cycles.ours) -> tuple[dict, int]:
+    probe.install(folder)
     host = start(folder)
     try:
         warm = options.cycles // 5
-        got = cycles.run(host, options.cycles, options.seed, warm, make, say=_say)
+        got = cycles.run(host, options.cycles, options.seed, warm, make, probed=True, say=_say)
     finally:
         host.stop()
     told = summary(got, warm)
     _say(f"{told}")
-    wrong = (not got.same) + len(got.errors) + (told["growth"] > cycles.LIMIT)
+    grown = [told["growth"], *told["growth_in_use"].values()]
+    wrong = (not got.same) + len(got.errors) + sum(value > cycles.LIMIT for value in grown)
     return told, int(wrong)
 
 
@@ -88,6 +90,10 @@ def summary(got: cycles.Cycles, warm: int) -> dict:
             round(statistics.median(got.rss[i : i + window]), 1)
             for i in range(0, len(got.rss), window)
         ],
+        "growth_in_use": {
+            name: round(value, 5) for name, value in cycles.growth_in_use(got.in_use, warm).items()
+        },
+        "in_use": [{name: round(value, 1) for name, value in told.items()} for told in got.in_use],
         "freed": [[n, round(before, 1), round(after, 1)] for n, before, after in got.freed],
     }
 
@@ -102,9 +108,37 @@ def _clients(folder: Path, options: argparse.Namespace) -> tuple[dict, int]:
 
 
 def _kills(folder: Path, options: argparse.Namespace) -> tuple[dict, int]:
-    got, times = kills.run(start, folder, kills.PLAN, options.seed, say=_say)
+    wanted = options.kill
+
+    def asked(job: str, stage: str) -> bool:
+        return not wanted or job in wanted or f"{job}:{stage}" in wanted
+
+    got, times = kills.run(start, folder, kills.PLAN, options.seed, asked, _say)
     seconds = {job: {k: round(v, 3) for k, v in t.items()} for job, t in times.items()}
     return {"kills": [asdict(k) for k in got], "seconds": seconds}, sum(bool(k.wrong) for k in got)
+
+
+def kill_names() -> list[str]:
+    """What `--kill` takes: each job, and each stage of it."""
+    return [
+        name
+        for title, job in kills.JOBS.items()
+        for name in (title, *(f"{title}:{stage}" for stage in job.stages))
+    ]
+
+
+def merged(before: dict, found: dict) -> dict:
+    """Numbers of this time beside those of kinds, and stages of kills, that were not run again."""
+    result = {**before, **found}
+    if "kills" in before and "kills" in found:
+        old, new = before["kills"], found["kills"]
+        again = {(kill["job"], kill["stage"]) for kill in new["kills"]}
+        every = [k for k in old["kills"] if (k["job"], k["stage"]) not in again] + new["kills"]
+        jobs = list(kills.JOBS)
+        every.sort(key=lambda kill: jobs.index(kill["job"]))
+        seconds = {**old.get("seconds", {}), **new["seconds"]}
+        result["kills"] = {"kills": every, "seconds": seconds}
+    return result
 
 
 def _disk(folder: Path, options: argparse.Namespace) -> tuple[dict, int]:

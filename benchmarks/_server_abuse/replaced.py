@@ -14,9 +14,12 @@ from quanttune.devtools.client import RunFailed
 
 from .graphs import UNET_4BIT, Graphs
 
-NAME, LONG = "victim.safetensors", 120
+NAME = "victim.safetensors"
+LONG = 120
+"""Steps of a run that is still going on when its file is replaced."""
 STARTER = Path(__file__).resolve().parents[2] / "starter" / "quanttune" / UNET_4BIT
 WAYS = ("renamed", "written into")
+WHEN = ("idle", "running")
 
 
 @dataclass
@@ -25,8 +28,9 @@ class Replaced:
 
     Attributes:
         way: how, of `WAYS`.
-        by: "8 bits", "cut short" or "another architecture".
-        when: "idle" or "running".
+        by: "8 bits", "cut short" or "another architecture" (the small upscaler's UNet, which takes
+            more channels and other texts and which the host's sampler runs all the same).
+        when: of `WHEN`.
         running: what became of the run that was going on.
         then: what the next run gave.
         wrong: what was not as it should be.
@@ -40,33 +44,43 @@ class Replaced:
     wrong: list[str] = field(default_factory=list)
 
 
-def others(server) -> dict[str, bytes]:
-    """What the file is replaced by."""
+def others(server, wanted: Callable[[str], bool] = lambda by: True) -> dict[str, bytes]:
+    """What the file is replaced by, of those that are wanted."""
     client, output = server.client, server.folder / "output" / "quanttune"
     graphs = Graphs(client.object_info())
-    graph = graphs.starter() | {
-        "quantized": graphs.node(
+    models = {
+        "8 bits": graphs.node(
             "QuantTuneQuantizeUNet", model=["starter", 0], bits="8", range="minmax"
         ),
-        "up": graphs.node("QuantTuneLoadUpscaler", precision="8-bit"),
+        "another architecture": graphs.node("QuantTuneLoadUpscaler", precision="8-bit"),
     }
-    for name, link in (("other8", ["quantized", 0]), ("upscaler", ["up", 0])):
-        graph[name] = graphs.node(
-            "QuantTuneSaveQuantizedUNet", model=link, filename_prefix=f"quanttune/{name}"
-        )
-    client.run(graph)
-    whole = STARTER.read_bytes()
-    return {
-        "8 bits": next(output.glob("other8_*.safetensors")).read_bytes(),
-        "cut short": whole[: len(whole) // 3],
-        "another architecture": next(output.glob("upscaler_*.safetensors")).read_bytes(),
-    }
+    found, whole = {}, STARTER.read_bytes()
+    if wanted("cut short"):
+        found["cut short"] = whole[: len(whole) // 3]
+    for by, node in models.items():
+        if wanted(by):
+            name = by.replace(" ", "-")
+            save = graphs.node(
+                "QuantTuneSaveQuantizedUNet", model=["made", 0], filename_prefix=f"quanttune/{name}"
+            )
+            client.run(graphs.starter() | {"made": node, "save": save})
+            found[by] = max(output.glob(f"{name}_*.safetensors")).read_bytes()
+    return found
 
 
 def _picture(server, graph: dict[str, Any]) -> bytes:
     from .cycles import picture
 
     return picture(server.client, graph)
+
+
+def _alone(server, graphs: Graphs, path: Path, content: bytes) -> bytes | None:
+    """The picture of a file that lay there before it was loaded, None where it cannot be loaded."""
+    replace(path, content, WAYS[0])
+    try:
+        return _picture(server, graphs.loaded(3, NAME))
+    except RunFailed:
+        return None
 
 
 def replace(path: Path, content: bytes, way: str) -> None:
@@ -83,6 +97,7 @@ def run(
     start: Callable[[Path], Any],
     folder: Path,
     cases: Callable[[str, str, str], bool] = lambda way, by, when: True,
+    long: int = LONG,
     say: Callable[[str], None] = print,
 ) -> list[Replaced]:
     """Replace the file of a loaded model in every way; returns what came of each.
@@ -90,21 +105,21 @@ def run(
     Args:
         start: starts a server over a folder and waits for it.
         cases: which are tried, by way, content and moment.
+        long: steps of a run during which a file is replaced.
     """
     server, found = start(folder), []
     path = folder / "models" / "quanttune" / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        contents = others(server)
+        contents = others(server, lambda by: any(cases(w, by, n) for w in WAYS for n in WHEN))
         shutil.copyfile(STARTER, path)
         graphs = Graphs(server.client.object_info())
-        right = _picture(server, graphs.loaded(3, NAME))
-        undisturbed = _picture(server, graphs.loaded(3, NAME, steps=LONG))
-        replace(path, contents["8 bits"], WAYS[0])
-        right8 = _picture(server, graphs.loaded(3, NAME))
+        undisturbed = _picture(server, graphs.loaded(3, NAME, steps=long))
+        right = _alone(server, graphs, path, STARTER.read_bytes())
+        expected = {by: _alone(server, graphs, path, content) for by, content in contents.items()}
         for way in WAYS:
             for by, content in contents.items():
-                for when in ("idle", "running"):
+                for when in WHEN:
                     if not cases(way, by, when):
                         continue
                     one = Replaced(way, by, when)
@@ -113,20 +128,21 @@ def run(
                     if _picture(server, graphs.loaded(3, NAME)) != right:
                         one.wrong.append("the picture before is another one")
                     if when == "running":
-                        _while_running(server, graphs, path, content, way, one, undisturbed)
+                        graph = graphs.loaded(3, NAME, steps=long)
+                        _while_running(server, graph, path, content, way, one, undisturbed)
                     else:
                         replace(path, content, way)
                     if server.process.poll() is not None:
                         server.stop()
                         server = start(folder)
-                    _after(server, graphs, one, right8 if by == "8 bits" else None)
+                    _after(server, graphs, one, expected[by])
                     say(f"{one}")
     finally:
         server.stop()
     return found
 
 
-def _while_running(server, graphs, path, content, way, one, undisturbed) -> None:
+def _while_running(server, graph, path, content, way, one, undisturbed) -> None:
     client, told, sampling = server.client, [], threading.Event()
     client.post("/free", {"free_memory": True})
 
@@ -137,7 +153,7 @@ def _while_running(server, graphs, path, content, way, one, undisturbed) -> None
 
     def ask():
         try:
-            told.append(client.run(graphs.loaded(3, NAME, steps=LONG), on_event=listen))
+            told.append(client.run(graph, on_event=listen))
         except (RunFailed, OSError) as error:
             told.append(error)
 

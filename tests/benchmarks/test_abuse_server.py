@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from quanttune.benchmarks import abuse
 from quanttune.benchmarks._server_abuse import clients, cycles, disk, kills, part, replaced
 from quanttune.benchmarks._server_abuse.notice import Notice
 from quanttune.quant.whole_file import write_safetensors
@@ -84,6 +85,32 @@ def test_growth_is_of_the_medians_after_warming_up():
     found = cycles.Cycles(Counter(success=4), rss=[1.0] * 4, anonymous=[9.0, 1.0, 1.0, 2.0])
     told = part.summary(found, 1)
     assert told["growth"] == 0.0 and told["growth_anonymous"] == 1.0
+    assert told["growth_in_use"] == {}
+    found.in_use = [{"cycles": n, "given_out": mib, "free": 1.0, "python_blocks": 100}
+                    for n, mib in ((100, 10.0), (200, 40.0), (300, 50.0))]
+    grown = part.summary(found, 200)["growth_in_use"]
+    assert grown == {"given_out": 0.25, "python_blocks": 0.0}
+
+
+def test_stages_of_kills_that_run_again_replace_their_own_numbers_alone():
+    def killed(job, stage, moment):
+        return {"job": job, "stage": stage, "moment": moment}
+
+    before = {"disk": {"nodes": []}, "kills": {"seconds": {"LoRA Train": {}}, "kills": [
+        killed("Train QAT", "saving", 0.1), killed("LoRA Train", "saving", 0.2)]}}
+    found = {"kills": {"seconds": {"Train QAT": {"step": 1.0}}, "kills": [
+        killed("Train QAT", "saving", 0.3), killed("Train QAT", "preparing", 0.4)]}}
+    told = part.merged(before, found)
+    assert told["disk"] == {"nodes": []} and set(told["kills"]["seconds"]) == {
+        "LoRA Train", "Train QAT"}
+    assert [kill["moment"] for kill in told["kills"]["kills"]] == [0.2, 0.3, 0.4]
+    assert part.merged({}, found)["kills"]["kills"] == found["kills"]["kills"]
+
+
+def test_an_unknown_kill_is_refused_before_a_server_starts(capsys):
+    with pytest.raises(SystemExit):
+        abuse.main(["--part", "server", "--kind", "kills", "--kill", "Train QAT:lunch"])
+    assert "Train QAT:saving" in capsys.readouterr().err
 
 
 def test_half_a_file_of_a_whole_ones_name_is_noticed(tmp_path):

@@ -1,4 +1,5 @@
 import errno
+import gc
 import os
 import sys
 from pathlib import Path
@@ -82,3 +83,35 @@ def test_other_systems_keep_everything_in_memory(tmp_path, monkeypatch):
     tensor = torch.ones(10)
     assert PagedStore(tmp_path).put(tensor) is tensor
     page_out(tensor)
+
+
+class Model:
+    """Refers to itself, as the host's models do."""
+
+    def __init__(self):
+        self.model = self
+
+
+def test_memory_is_given_back_once_the_garbage_of_a_model_was_collected(monkeypatch):
+    given = []
+    monkeypatch.setattr(paging, "_trim", lambda: given.append)
+    gc.collect()
+    given.clear()
+    model, other = Model(), Model()
+    for one in (model, other):
+        paging.give_back_after(one)
+    gc.collect()
+    assert not given, "both are there"
+    one = None
+    del model
+    gc.collect()
+    assert given == [0]
+    gc.collect()
+    assert len(given) == 1, "once a model"
+    assert gc.callbacks.count(paging._collected) == 1
+    del other
+    gc.collect()
+    assert len(given) == 2
+    monkeypatch.setattr(paging, "_trim", lambda: None)  # a system that knows no such call
+    paging.give_back_after(Model())
+    gc.collect()
