@@ -152,6 +152,13 @@ def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
 
     Yields Playwright's browser context. Raises `Stop` when Chromium or Playwright is missing.
     """
+    with browsers(1, width, height) as (context,):
+        yield context
+
+
+@contextlib.contextmanager
+def browsers(count: int, width: int = 1600, height: int = 1000) -> Iterator[list[Any]]:
+    """Several of `browser` at once: each is a process with a profile of its own."""
     chromium = find_chromium()
     if chromium is None:
         raise Stop("No Chromium was found: install it, or name it in QUANTTUNE_CHROMIUM.")
@@ -159,26 +166,30 @@ def browser(width: int = 1600, height: int = 1000) -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
         raise Stop("The Python package playwright is missing: pip install playwright.") from error
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        sync_playwright() as play,
-    ):
-        context = play.chromium.launch_persistent_context(
-            profile,
-            executable_path=chromium,
-            headless=True,
-            args=list(FLAGS),
-            viewport={"width": width, "height": height},
-            timeout=PATIENCE,
-        )
-        context.set_default_timeout(PATIENCE)
-        context.route(
-            lambda url: "://127.0.0.1" not in url and url.startswith("http"), lambda r: r.abort()
-        )
-        try:
-            yield context
-        finally:
-            context.close()
+    with contextlib.ExitStack() as stack:
+        profiles = [
+            stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            for _ in range(count)
+        ]
+        play = stack.enter_context(sync_playwright())
+        contexts = []
+        for profile in profiles:
+            context = play.chromium.launch_persistent_context(
+                profile,
+                executable_path=chromium,
+                headless=True,
+                args=list(FLAGS),
+                viewport={"width": width, "height": height},
+                timeout=PATIENCE,
+            )
+            stack.callback(context.close)
+            context.set_default_timeout(PATIENCE)
+            context.route(
+                lambda url: "://127.0.0.1" not in url and url.startswith("http"),
+                lambda r: r.abort(),
+            )
+            contexts.append(context)
+        yield contexts
 
 
 def open_page(context: Any, url: str) -> Frontend:

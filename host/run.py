@@ -23,6 +23,7 @@ from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
 from .folders import RESERVED, is_inside
+from .live import server
 from .loss_feed import LossFeed
 from .picture_file import LARGEST, UNREADABLE, write_png
 from .pictures import SamplingSettings, sample_pictures
@@ -103,17 +104,18 @@ def stopped(name: str, anew: bool) -> str:
 
 
 def tell(progress: Progress, node_id: str | None) -> None:
-    """Show step, loss and time left on a node, if there is a server and a node."""
+    """Show step, loss and time left on a node of the page that queued, if there is one."""
+    host = server()
+    client = getattr(host, "client_id", None)
+    # Without a client the host tells every page, whatever node has this id there.
+    if node_id is None or client is None:
+        return
     left = (progress.steps - progress.record.step) * progress.seconds_per_step
     recent = [r.loss for r in progress.trainer.history[-25:]]
     text = (f"step {progress.record.step}/{progress.steps}  loss {np.mean(recent):.4f}  "
             f"{progress.seconds_per_step:.2f} s a step, {int(left) // 60}:"
             f"{int(left) % 60:02d} left")
-    if node_id is not None:
-        from server import PromptServer
-
-        if getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(text, node_id)
+    host.send_progress_text(text, node_id, client)
 
 
 class Watcher:
