@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..metrics.charts import picture_grid
 from ..quant import QuantTuneError
 from ..training.loop import Progress
+from ..training.state import FILE as STATE
 from .folders import RESERVED, is_inside
 from .live import server
 from .loss_feed import LossFeed
@@ -32,6 +34,8 @@ LOOKS = "looks"
 """Key of what a preview shows, in its file."""
 RUNS = "quanttune_runs"
 """Folder of the training runs in the host's output folder."""
+ASIDE, DONE = ".old", ".gone"
+"""Ends of the hidden names of a run that is put aside, and of one that is being deleted."""
 LONGEST = 240
 """Bytes of a run's name; file systems have 255, of which a run that is put aside takes some."""
 
@@ -74,13 +78,15 @@ def run_folder(name: str) -> Path:
 def replaced(name: str, anew: bool) -> Iterator[None]:
     """With ``anew``, put a run aside while another is set up in its place; delete it then.
 
-    If that fails, the run is as it was.
+    If that fails, the run is as it was. If the process is killed meanwhile, it is again when the
+    run is next started, with ``anew`` or without.
     """
     folder = run_folder(name)
+    _put_back(folder)
     if not anew or not folder.is_dir():
         yield
         return
-    aside = folder.with_name(f".{name}.{secrets.token_hex(4)}.old")
+    aside = folder.with_name(f".{name}.{secrets.token_hex(4)}{ASIDE}")
     folder.rename(aside)
     try:
         yield
@@ -88,12 +94,39 @@ def replaced(name: str, anew: bool) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    # Under another name first: a run that is deleted in part is not to be put back.
+    done = aside.with_suffix(DONE)
+    aside.rename(done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo what a process that was killed in `replaced` has left of a run.
+
+    A run that was put aside comes back, unless the one in its place has a state by now (earlier
+    versions left it behind then, too). What was being deleted is deleted.
+    """
+    left = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}({ASIDE}|{DONE})")
+    try:
+        found = [p for p in folder.parent.iterdir() if left.fullmatch(p.name)
+                 and p.is_dir() and not p.is_symlink()]
+        # The last one that was put aside, if a process was killed more than once.
+        found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+        for path in found:
+            if path.suffix == ASIDE and not (folder / STATE).exists() and (
+                    (path / STATE).exists() or not folder.exists()):
+                shutil.rmtree(folder, ignore_errors=True)
+                path.rename(folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        logging.warning(f"What was left of an earlier run '{folder.name}' could not be put back "
+                        f"({error.strerror or error}); look for it in {folder.parent}.")
 
 
 def run_state(name: str) -> str:
     """What changes when a run has gone on, or has been deleted."""
-    state = run_folder(name) / "checkpoint.pt"
+    state = run_folder(name) / STATE
     return str(state.stat().st_mtime_ns) if state.exists() else "new"
 
 
