@@ -182,8 +182,8 @@ def _kept_by(plan: BitPlan, modules: dict) -> set[str]:
 
 
 def _computes_in(patcher, dtype=None) -> torch.dtype:
-    model = patcher.model
-    return dtype or model.manual_cast_dtype or model.get_dtype()
+    # Not the model's own attribute, which is another clone's where that was loaded last.
+    return dtype or patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -280,6 +280,9 @@ def test_precision_reaches_a_real_sampler(base):
                                    [[context, {}]], torch.zeros_like(noise), seed=0)
 
     got = sampled(model)
+    # A second one of the same base, made while the first is loaded, as of another graph.
+    again, _ = fast(source, precision="bfloat16")
+    assert torch.equal(sampled(again), got)
     hook.remove()
     assert seen == {torch.bfloat16}
     assert error(got, sampled(source)) < 0.15
