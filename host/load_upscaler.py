@@ -120,7 +120,8 @@ def load_checkpoint(path: Path):
     The file is opened once: what was looked at is what the host is given.
     """
     check_file(path)
-    tensors, strings = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    tensors, strings = comfy.utils.load_torch_file(str(path), safe_load=True,
+                                                   return_metadata=True)
     check_numbers({key: value for key, value in tensors.items() if key.startswith((UNET, VAE))},
                   f"The file {path}")
     model, clip, vae = comfy.sd.load_state_dict_guess_config(
