@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..quant.limits import is_finite
-from ..quant.safe_file import is_cut_short, read_header, read_with_strings
+from ..quant.safe_file import is_cut_short, read_header, read_with_strings, refuse_pipe
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_pickled
 from .lora_keys import brief
 
@@ -115,6 +115,7 @@ class ModelFolder:
 def fault(path: Path) -> str | None:
     """What is wrong with a file as far as its size and first bytes tell, or None."""
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             start = file.read(len(LFS))
     except FileNotFoundError:

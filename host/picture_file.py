@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..quant import QuantTuneError
+from ..quant.safe_file import refuse_pipe
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OTHER_PICTURES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".psd", ".svg")
@@ -80,6 +81,8 @@ def left_out(name: str, error: Exception) -> str:
 
 def open_picture(source: Path | bytes) -> Image.Image:
     """An RGB picture, turned upright, transparency over white; raises one of `UNREADABLE`."""
+    if not isinstance(source, bytes):
+        refuse_pipe(source)
     opened = BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(opened, formats=FORMATS) as image:
         if image.width * image.height > LARGEST:

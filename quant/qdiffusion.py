@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO, is_finite, is_whole, largest
 from .qdiffusion_layer import QDiffusionLayer, Rounding
+from .safe_file import refuse_pipe
 from .spec import SUPPORTED_BITS
 from .torch_archive import StoredTensor, TensorArchive, is_archive
 
@@ -124,6 +125,7 @@ def is_qdiffusion(path: str | os.PathLike[str]) -> bool:
     """
     if not is_archive(path):
         try:
+            refuse_pipe(path)
             with open(path, "rb") as file:  # names stand before the numbers there
                 start = file.read(NAMES_WITHIN)
             return start.startswith(PICKLED) and f"{FIRST}delta".encode() in start

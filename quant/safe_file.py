@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -169,9 +170,23 @@ def read_entries(
     return dict(strings), entries, 8 + length
 
 
+def refuse_pipe(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a pipe, a socket or a device, whose reading may never end.
+
+    Files and folders pass, and so does what is not there: opening them tells what is wrong.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # the latter for a NUL in the name
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file")
+
+
 def _check_start(path: str) -> None:
     """Recognise by their first bytes the files that safetensors cannot explain in user terms."""
     try:
+        refuse_pipe(path)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = file.read(9)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .paging import let_go, page_out
-from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries
+from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries, refuse_pipe
 from .torch_archive import check_extent, check_records
 from .torch_structure import check_structure
 
@@ -181,6 +181,7 @@ def load_unpickled(path: str | os.PathLike[str], plain: bool = True) -> object:
     """
     path = os.fspath(path)
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
         check_structure(path)

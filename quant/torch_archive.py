@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .paging import page_out
-from .safe_file import first_line
+from .safe_file import first_line, refuse_pipe
 from .torch_structure import check_structure
 from .whole_file import tensor_bytes
 
@@ -47,6 +47,7 @@ NOT_TENSORS = (
 def is_archive(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as a zip archive does; False where it cannot be read."""
     try:
+        refuse_pipe(path)
         with open(path, "rb") as file:
             return file.read(4) == ZIP_START
     except (OSError, ValueError):
@@ -194,6 +195,7 @@ class TensorArchive:
         self.path = os.fspath(path)
         self._lock = threading.Lock()
         try:
+            refuse_pipe(self.path)
             self._file = open(self.path, "rb", buffering=0)
         except FileNotFoundError:
             raise QuantTuneError(

@@ -1,5 +1,7 @@
 """Reading pictures: what is taken, how it is fitted, and a sentence for everything else."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,15 @@ def test_the_starters_subjects_are_offered_first():
     assert image_folders()[:2] == ["starter: crest", "starter: pip"]
     found = read("starter: pip", phrase="", resolution=128)
     assert len(found.images.images) == 6 and found.images.subject.startswith("a sks character")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+def test_a_pipe_is_left_out_and_not_waited_for(folder):
+    picture(folder / "a.png")
+    os.mkfifo(folder / "b.png")
+    found = read("dog")
+    assert len(found.images.images) == 1
+    assert "b.png was left out" in found.warnings[0] and "pipe" in found.warnings[0]
 
 
 def test_transparency_is_white_and_rotation_is_undone(folder):

@@ -1,6 +1,7 @@
 """Model files read tensor by tensor."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -193,3 +194,28 @@ def test_a_record_of_another_size_is_not_read_past_its_end(edit, tmp_path):
                     continue
             other.writestr(name, content)
     refused("another size|of one name", tmp_path / "b.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+class TestPipes:
+    """Nobody ever writes into them: a reader that opens one waits for ever."""
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.ckpt", "a.pth"])
+    def test_are_refused_as_models(self, name, tmp_path):
+        from quanttune.quant.qdiffusion import is_qdiffusion
+        from quanttune.quant.torch_archive import TensorArchive
+
+        os.mkfifo(tmp_path / name)
+        for read in (open_tensors, TensorArchive, load_unpickled):
+            if read is load_unpickled and name == "a.safetensors":
+                continue
+            with pytest.raises(QuantTuneError, match="pipe"):
+                read(tmp_path / name)
+        assert not is_qdiffusion(tmp_path / name)
+
+    def test_are_refused_as_scales(self, tmp_path):
+        from quanttune.quant import load_scale_set
+
+        os.symlink("/dev/zero", tmp_path / "a.safetensors")
+        with pytest.raises(QuantTuneError, match="device"):
+            load_scale_set(tmp_path / "a.safetensors")
