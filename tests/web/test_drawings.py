@@ -266,6 +266,21 @@ def test_hostile_messages_break_nothing(page):
     assert page.errors == []
 
 
+def test_a_training_that_diverges_has_labels_that_can_be_read(page):
+    load(page, alone("5"))
+    wild = [[[s, 0.1 * 10 ** (s / 12)] for s in range(1, 400, 3)], *[[]] * (EXPERTS - 1)]
+    send(page, "quanttune.losses", losses(400, points=wild))
+    labels = page.page.eval_on_selector_all(
+        ".quanttune-chart text[text-anchor=end]",
+        "(all) => all.filter((e) => e.getAttribute('x') === '35')"
+        ".map((e) => [Number(e.getAttribute('y')), e.textContent])")
+    heights = sorted(y for y, text in labels if text not in ("expert", "t"))
+    assert 3 <= len(heights) <= 7
+    assert all(b - a > 9 for a, b in zip(heights, heights[1:]))
+    assert not [t for t in texts(page, "chart") if "e" in t and t.endswith("k")]
+    assert page.errors == []
+
+
 def test_a_chosen_file_tells_its_experts_before_any_run(page, comfy_server):
     load(page, alone("6"))
     page.page.evaluate("""() => {
@@ -278,6 +293,14 @@ def test_a_chosen_file_tells_its_experts_before_any_run(page, comfy_server):
     wait_for_count(page, ".quanttune-timeline .quanttune-band rect", told["experts"])
     for name in ("../quanttune/starter-4bit.safetensors", "/etc/passwd", "..%2F..%2Fx", "", "%00"):
         assert comfy_server.client.get(f"/quanttune/experts?name={name}") == {}
+    page.page.evaluate("""() => {
+        const chooser = window.app.rootGraph.getNodeById(6).widgets[0];
+        chooser.value = '(connected scales)';
+        chooser.callback(chooser.value);
+    }""")
+    # What comes by the wire is not known before it has run; the former file's experts are not it.
+    page.page.wait_for_selector(".quanttune-timeline .quanttune-band", state="detached")
+    assert "The experts are shown after the first run" in texts(page, "timeline")
     page.page.evaluate("() => window.app.rootGraph.getNodeById(6).collapse()")
     page.page.wait_for_function(
         "() => !document.querySelector('.quanttune-timeline').offsetParent")

@@ -67,7 +67,8 @@ async function readFile(node) {
   const panel = panels.get(node);
   const name = node.widgets?.find((w) => w.name === "scale_name")?.value;
   if (!(panel instanceof ExpertTimeline) || fileOf.get(node)?.name === name) return;
-  const told = { name };
+  // What a former choice told is not of this one.
+  const told = { name, ...(fileOf.has(node) && { experts: undefined, timesteps: undefined }) };
   fileOf.set(node, told);
   if (typeof name === "string" && name !== CONNECTED) {
     const answer = await api.fetchApi(`/quanttune/experts?name=${encodeURIComponent(name)}`);

@@ -16,6 +16,7 @@ export function ticksOf(low, high, count) {
 /** A number in as few characters as tell it. */
 export function numberText(value) {
   if (value === 0) return "0";
+  if (Math.abs(value) >= 1e6) return value.toExponential(1).replace("+", "");
   if (Math.abs(value) >= 1000) return `${Number((value / 1000).toPrecision(3))}k`;
   if (Math.abs(value) < 0.001) return value.toExponential(1);
   return `${Number(value.toPrecision(3))}`;
@@ -67,7 +68,9 @@ export function verticalAxis(points, lines) {
     const range = Math.log10(high) + 0.05 - bottom;
     const ticks = [];
     const parts = range > 2.6 ? [1] : range > 1.2 ? [1, 3] : [1, 2, 5];
-    for (let power = Math.floor(bottom); power <= bottom + range; power++) {
+    // A training that diverges covers many powers of ten: labels for about six of them.
+    const every = Math.max(1, Math.ceil(range / 6));
+    for (let power = Math.floor(bottom); power <= bottom + range; power += every) {
       for (const part of parts) ticks.push(part * 10 ** power);
     }
     const place = (v) => (Math.log10(Math.max(v, 1e-30)) - bottom) / range;
