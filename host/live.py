@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..quant import QuantTuneError
@@ -17,6 +19,8 @@ LOSSES, EXPERTS = "quanttune.losses", "quanttune.experts"
 """Names of the messages: of a training's losses, and of a sampling's timesteps."""
 MOST = 100_000
 """No scale file has more experts or timesteps."""
+PACK = Path(__file__).parents[1].name
+"""The folder that the pack lies in, and the name by which the page asks for its files."""
 
 
 def server():
@@ -66,6 +70,18 @@ def experts_in(name: str) -> dict[str, int] | None:
     if told != SCALES_FORMAT or not all(type(n) is int and 1 <= n <= MOST for n in counts):
         return None
     return {"experts": counts[0], "timesteps": counts[1]}
+
+
+def warn_of_name(folder: str) -> None:
+    """Tell in the log when the host cannot serve the page what lies in the pack's folder.
+
+    The host looks for the name as it stands, where the page asks for it with ``%20`` for a space:
+    help pages, charts, badges and thumbnails would be missing without a word.
+    """
+    if re.search(r"[^\w.~!$&'()*+,;=:@-]", folder, re.ASCII):
+        logging.warning(f"QuantTune: the folder's name '{folder}' has signs that ComfyUI cannot "
+                        "serve to the page, so help, charts and badges will be missing; rename it "
+                        "to ComfyUI-QuantTune and start ComfyUI again.")
 
 
 def register_routes() -> None:

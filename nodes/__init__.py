@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.folders import register_folders
-from ..host.live import register_routes
+from ..host.live import PACK, register_routes, warn_of_name
 from .augment import AugmentImages
 from .benchmark import BenchmarkModel
 from .bnb import BitsandbytesQuantize
@@ -37,6 +37,7 @@ class QuantTuneExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folders()
         register_routes()
+        warn_of_name(PACK)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadStarterModel, QuantizeUNet, SaveQuantizedUNet, LoadQuantizedUNet, ApplyScales,

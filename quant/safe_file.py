@@ -6,6 +6,7 @@ Reading maps the file: tensors are views of the map, and nothing is copied. Writ
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -26,7 +27,9 @@ METADATA_KEY = "quanttune"
 FLOAT_UNET = "quanttune.float_unet"
 """What our metadata says of a UNet written for other programs: an ordinary float file."""
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES, MAX_TENSORS = 2**25, 100_000
+"""Of a header. The largest UNets have a few thousand tensors, whose names take less than 1 MB; some
+trainers add megabytes of captions. More would only take seconds and memory to be read."""
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -152,6 +155,8 @@ def read_entries(
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             entries = strict_json(file.read(length))
+        if len(entries) > MAX_TENSORS:
+            raise ValueError(f"{len(entries)} tensors, more than any model has")
         strings = entries.pop("__metadata__", None)
         strings = {} if strings is None else strings
         if not all(isinstance(text, str) for text in strings.values()):

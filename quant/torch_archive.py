@@ -245,7 +245,10 @@ class TensorArchive:
 
     def _records(self) -> dict[int, int]:
         """Where the records of the archive begin, and their sizes."""
-        start = self._file.read(8)
+        try:
+            start = self._file.read(8)
+        except OSError as error:
+            raise self._damaged(f"cannot be read ({error.strerror or error})") from error
         if not start.startswith((ZIP_START, OLD_START)):
             pointer = "; it is a Git LFS pointer in place of one" if start == LFS_START else ""
             raise QuantTuneError(

@@ -178,3 +178,13 @@ def test_badges_tell_bits_and_size(comfy_inprocess):
         assert badge_of(model) == f"fp32 · {size_text(model.model_size())}"
         bits = {w.bits for w in models.quantized_model(quantized).checkpoint.layers.values()}
         assert badge_of(quantized) == f"{bits.pop()}-bit · {size_text(quantized.model_size())}"
+
+
+@pytest.mark.parametrize("folder, told", [
+    ("ComfyUI-QuantTune", False), ("comfyui_quanttune.v1.0", False), ("quanttune@1.0.0", False),
+    ("Quant Tune v1.0", True), ("量子化", True), ("a%20b", True), ("a#b", True)])
+def test_a_folder_that_the_host_cannot_serve_is_told(comfy_inprocess, caplog, folder, told):
+    from quanttune.host.live import warn_of_name
+
+    warn_of_name(folder)
+    assert [folder in record.message for record in caplog.records] == [True] * told

@@ -159,6 +159,19 @@ class TestHeader:
             read_header(path)
 
 
+def test_more_tensors_than_any_model_has(path, monkeypatch):
+    monkeypatch.setattr("quanttune.quant.safe_file.MAX_TENSORS", 3)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for count in (3, 4):
+        text = json.dumps({f"t{n}": entry for n in range(count)}).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        if count == 3:
+            assert len(read_header(path)[1]) == 3
+        else:
+            with pytest.raises(QuantTuneError, match="4 tensors, more than any model has"):
+                read_header(path)
+
+
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10280])
 def test_a_header_as_long_as_a_pickle_begins(length, path):
     """Its first bytes are then those of a pickled file."""

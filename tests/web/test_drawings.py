@@ -270,6 +270,7 @@ def test_a_training_that_diverges_has_labels_that_can_be_read(page):
     load(page, alone("5"))
     wild = [[[s, 0.1 * 10 ** (s / 12)] for s in range(1, 400, 3)], *[[]] * (EXPERTS - 1)]
     send(page, "quanttune.losses", losses(400, points=wild))
+    wait_for_count(page, ".quanttune-line", 1)
     labels = page.page.eval_on_selector_all(
         ".quanttune-chart text[text-anchor=end]",
         "(all) => all.filter((e) => e.getAttribute('x') === '35')"
@@ -277,7 +278,7 @@ def test_a_training_that_diverges_has_labels_that_can_be_read(page):
     heights = sorted(y for y, text in labels if text not in ("expert", "t"))
     assert 3 <= len(heights) <= 7
     assert all(b - a > 9 for a, b in zip(heights, heights[1:]))
-    assert not [t for t in texts(page, "chart") if "e" in t and t.endswith("k")]
+    assert not [text for _, text in labels if "e" in text and text.endswith("k")]
     assert page.errors == []
 
 
@@ -300,7 +301,7 @@ def test_a_chosen_file_tells_its_experts_before_any_run(page, comfy_server):
     }""")
     # What comes by the wire is not known before it has run; the former file's experts are not it.
     page.page.wait_for_selector(".quanttune-timeline .quanttune-band", state="detached")
-    assert "The experts are shown after the first run" in texts(page, "timeline")
+    wait_for_text(page, "timeline", "The experts are shown after the first run")
     page.page.evaluate("() => window.app.rootGraph.getNodeById(6).collapse()")
     page.page.wait_for_function(
         "() => !document.querySelector('.quanttune-timeline').offsetParent")
