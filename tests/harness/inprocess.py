@@ -64,6 +64,21 @@ def comfy_inprocess() -> ModuleType:
 
 
 @pytest.fixture
+def integer_products(comfy_inprocess) -> None:
+    """Skips where no layer can multiply integers, as on processors without VNNI.
+
+    The pack says so there and computes in float; what needs integers is refused.
+    """
+    import torch
+
+    from quanttune.host.int8 import backend_for
+
+    backend, refused = backend_for(torch.nn.Linear(64, 64))
+    if backend is None:
+        pytest.skip(f"this machine has no integer backend: {refused}")
+
+
+@pytest.fixture
 def host_folders(comfy_inprocess, tmp_path, monkeypatch) -> Path:
     """A folder of the test's own that the host reads models from and writes its output to.
 

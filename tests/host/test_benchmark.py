@@ -54,7 +54,7 @@ def test_the_same_model_twice_costs_about_the_same(monkeypatch):
     assert 0.2 < found.ratio(1) < 5
 
 
-def test_nothing_is_laid_out_before_the_peak_is_measured(monkeypatch):
+def test_nothing_is_laid_out_before_the_peak_is_measured(monkeypatch, integer_products):
     """Two MODELs of the same integers, which one of them has used already."""
     from quanttune.host import benchmark
     from quanttune.host.dynamic_int8 import dynamic_int8

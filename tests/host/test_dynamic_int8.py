@@ -15,12 +15,8 @@ def _inference(comfy_inprocess):
 
 
 @pytest.fixture(autouse=True)
-def needs_a_backend(comfy_inprocess):
-    from quanttune.host.int8 import backend_for
-
-    backend, refused = backend_for(torch.nn.Linear(64, 64))
-    if backend is None:
-        pytest.skip(f"this machine has no integer backend: {refused}")
+def needs_a_backend(integer_products):
+    """For every test of a file."""
 
 
 def fast(model, layers="all", precision="float32", **options):

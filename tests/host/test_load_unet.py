@@ -82,7 +82,7 @@ def test_a_quantized_one_is_what_quantize_unet_makes(family, precision, place):
     assert models.relative(unets.ours(direct, unet, given), unets.ours(behind, unet, given)) < 1e-5
 
 
-def test_dynamic_int8(place):
+def test_dynamic_int8(place, integer_products):
     from quanttune.host.int8 import OPTION
 
     unet = unets.tiny_unet()

@@ -51,7 +51,7 @@ def test_an_empty_pattern_is_not_taken_for_none(pattern, nodes):
                  pattern=pattern)
 
 
-def test_dynamic_int8_says_what_runs(nodes):
+def test_dynamic_int8_says_what_runs(nodes, integer_products):
     with torch.inference_mode():
         output = run_node(nodes["QuantTuneDynamicInt8"], model=models.small_model(),
                           precision="float32")
@@ -63,7 +63,7 @@ def test_dynamic_int8_says_what_runs(nodes):
     assert models.quantized_model(model) is not None
 
 
-def test_calibrate_then_train_from_prompts(nodes):
+def test_calibrate_then_train_from_prompts(nodes, integer_products):
     with torch.inference_mode():
         model, clip, _ = run_node(nodes["QuantTuneLoadStarterModel"]).args
         common = {"latent": {"samples": torch.zeros(1, 4, 16, 16)}, "clip": clip, "samples": 4,
@@ -346,11 +346,7 @@ def test_a_file_that_vanished(nodes):
         run_node(nodes["QuantTuneLoadQuantizedUNet"], unet_name="gone.safetensors")
 
 
-def test_layer_times_then_a_plan_of_a_time_then_integers(nodes):
-    from quanttune.host.int8 import backend_for
-
-    if backend_for(torch.nn.Linear(64, 64))[0] is None:
-        pytest.skip("this machine has no integer backend")
+def test_layer_times_then_a_plan_of_a_time_then_integers(nodes, integer_products):
     model = models.small_model()
     row = [[torch.zeros(1, 7, 24), {}]]
     common = {"model": model, "latent": {"samples": torch.zeros(1, 4, 8, 8)}, "positive": row}

@@ -38,6 +38,14 @@ def relative(a, b):
     return float((a - b).detach().norm() / b.detach().norm())
 
 
+def alike(a, b):
+    """Equal but for float sums. A value on the border of two codes may fall to either side of it,
+    which is another one on another processor.
+    """
+    off = (a - b).detach().abs()
+    return float(off.median()) < 1e-6 * float(b.detach().abs().max()) and relative(a, b) < 2e-3
+
+
 @pytest.mark.parametrize("conv", [None, CONV], ids=["linear", "conv"])
 @pytest.mark.parametrize("split", [None, 12])
 @pytest.mark.parametrize("bits,symmetric", [(8, True), (8, False), (4, False), (3, False),
@@ -49,13 +57,13 @@ def test_it_computes_what_the_integers_do(conv, split, bits, symmetric, trains, 
     layer = FakeQuantLayer(packed, conv, ranges, weight if trains else None)
     layer.buckets = buckets
     expected = integers(packed, conv, ranges, buckets)(x, bias)
-    assert relative(layer(x, bias), expected) < 1e-6
+    assert alike(layer(x, bias), expected)
 
 
 def test_without_ranges_it_takes_those_of_the_moment():
     weight, x, packed, _, bias = example(None)
     layer = FakeQuantLayer(packed, None, None, weight)
-    assert relative(layer(x, bias), integers(packed, None, None, ())(x, bias)) < 1e-6
+    assert alike(layer(x, bias), integers(packed, None, None, ())(x, bias))
     exported, ranges = layer.export()
     assert ranges is None and torch.equal(exported.packed, packed.packed)
 
@@ -78,7 +86,7 @@ def test_training_brings_the_output_nearer_and_exports_true_integers(conv, split
     exported, learnt = layer.export()
     assert learnt.shape == ranges.shape and not torch.equal(learnt, ranges)
     again = integers(exported, conv, learnt, (0,))(x, bias)
-    assert relative(again, layer(x, bias)) < 1e-6
+    assert alike(again, layer(x, bias))
     assert torch.equal(exported.packed, packed.packed) is not trains
     assert torch.equal(learnt[1], ranges[1]), "a bucket that was not met stays"
 

@@ -44,9 +44,11 @@ def test_every_workflow_has_a_thumbnail(path):
 
 @pytest.mark.timeout(1500)
 @each_workflow
-def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_server):
+def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_server, request):
     if docs_images.WANTED:  # what is kept of another workflow's run reports nothing on this one's
         comfy_server.client.post("/free", {"free_memory": True})
+    if any(node["type"] == "QuantTuneTrainQat" for node in read(path)["nodes"]):
+        request.getfixturevalue("integer_products")
     frontend_page.load(read(path))
     unknown = frontend_page.unknown_types()
     assert not unknown, f"node types the frontend does not know: {unknown}"

@@ -36,6 +36,16 @@ KITCHEN = KitchenBackend()
 each = pytest.mark.parametrize("backend", [TRITON, KITCHEN], ids=lambda b: b.name)
 
 
+def products_are_cut():
+    """Whether torch's integer product, which stands in for the card's, is wrong here."""
+    ones = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(ones, ones.t()) != 64 * 127 * 127).any())
+
+
+needs_products = pytest.mark.skipif(
+    products_are_cut(), reason="a processor without VNNI cuts the sums of integer products")
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
@@ -43,7 +53,10 @@ def reproducible():
 
 def test_the_trials_pass():
     assert triton_backend.trial(CPU) is None
-    assert kitchen.trial(CPU) is None
+    if products_are_cut():
+        assert "wrong" in kitchen.trial(CPU)
+    else:
+        assert kitchen.trial(CPU) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,6 +127,7 @@ def test_linear(backend, tokens, inputs, outputs, dtype, how, with_bias):
           dtype)
 
 
+@needs_products
 def test_kitchen_without_triton(monkeypatch):
     monkeypatch.setattr(triton_backend, "trial", lambda device: "not here")
     x, w = torch.randn(9, 40) + 0.3, weight((24, 40))
@@ -185,6 +199,7 @@ def test_layers_come_out_as_with_the_reference(bits, symmetric, split, kernel, r
             assert off < 2e-3, (granularity, ranges)
 
 
+@needs_products
 @pytest.mark.parametrize("rows", [0, 1])
 def test_linear_layers_by_kitchen(rows):
     """Floats go to the library itself, scaled ones through the quantizer that folds ``s_in``."""
