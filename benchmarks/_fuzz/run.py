@@ -26,9 +26,9 @@ from .mutate import LARGEST, mutated
 
 SECONDS = 5.0
 """Processor time of one reading; more is a hang."""
-SILENT = 60.0
+SILENT = 300.0
 """Seconds without a case coming to its end, after which a process is ended: it waits, or loops in
-native code that no signal interrupts."""
+native code that no signal interrupts. Many: a busy machine may take long to load libraries."""
 MEMORY = 96 * 2**20
 """Bytes that a reading may take above what the process had before."""
 ADDRESSES = 6 * 2**30

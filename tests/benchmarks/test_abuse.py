@@ -26,7 +26,7 @@ def run(*arguments):
     code = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = sys.argv[1:]; " \
            "runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=550)
     assert done.stdout, done.stderr[-3000:]
     return done
 

@@ -33,7 +33,7 @@ scales = "{folder}/out.safetensors"
 
 def run(path, command="train-scales"):
     return subprocess.run([sys.executable, "-m", "quanttune", command, str(path)],
-                          capture_output=True, text=True, timeout=300,
+                          capture_output=True, text=True, timeout=550,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -112,7 +112,7 @@ def test_epochs_of_two_processes_take_half_the_steps(tmp_path):
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
              "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
-    told = [process.communicate(timeout=300) for process in ranks]
+    told = [process.communicate(timeout=550) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], told
     assert "2 of 2 steps" in told[0][0], "alone it takes four"
 

@@ -23,7 +23,7 @@ def command(*words):
 
 
 def run(*words):
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300,
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=550,
                           env=ENVIRONMENT)
 
 
@@ -72,7 +72,7 @@ def test_ctrl_c_leaves_no_file(tmp_path):
             break
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=550)
     assert process.returncode == 130, errors
     assert "no report was written" in errors and "Traceback" not in errors
     assert os.listdir(tmp_path) == []

@@ -53,9 +53,10 @@ def test_a_stored_tensor_takes_no_memory_once_it_is_paged_out(tmp_path):
 
 @linux
 def test_the_files_are_nowhere_to_be_seen_and_none_stays_open(tmp_path):
+    gc.collect()  # files that other tests have left open
     store, opened = PagedStore(tmp_path), len(os.listdir("/proc/self/fd"))
     copies = [store.put(torch.full((10,), float(i))) for i in range(50)]
-    assert list(tmp_path.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == opened
+    assert list(tmp_path.iterdir()) == [] and len(os.listdir("/proc/self/fd")) <= opened
     assert [float(copy.sum()) for copy in copies] == [10.0 * i for i in range(50)]
 
 

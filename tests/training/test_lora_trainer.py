@@ -74,7 +74,7 @@ def test_kill_9_resumes_the_same_curve(tmp_path, one_thread):
     with trainer(tmp_path / "whole") as run:
         run.run()
     process = start_script(tmp_path / "killed", "--kill-at", 13, "--lora")
-    errors = process.communicate(timeout=300)[1]
+    errors = process.communicate(timeout=550)[1]
     assert process.returncode == -signal.SIGKILL, errors
     with trainer(tmp_path / "killed") as run:
         assert run.step == 10, "the state of the last interval of five"
@@ -85,7 +85,7 @@ def test_kill_9_resumes_the_same_curve(tmp_path, one_thread):
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     ranks = two_ranks(lambda rank: tmp_path / "two", "--lora")
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    errors = [process.communicate(timeout=550)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     with trainer(tmp_path / "one", batch_size=4) as run:
         run.run()

@@ -172,7 +172,7 @@ def start_script(*arguments, launch=(), **env):
 def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path, one_thread):
     whole = trainer(tmp_path / "whole").run()
     process = start_script(tmp_path / "killed", "--kill-at", 13)
-    errors = process.communicate(timeout=300)[1]
+    errors = process.communicate(timeout=550)[1]
     assert process.returncode == -signal.SIGKILL, errors
     assert len(read_losses(tmp_path / "killed")) == 13
     again = trainer(tmp_path / "killed")
@@ -187,7 +187,7 @@ def test_kill_9_loses_at_most_one_interval_and_resumes_the_same_curve(tmp_path, 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """On CPUs each process is launched with its rank, as on several machines."""
     ranks = two_ranks(lambda rank: tmp_path / "two")
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    errors = [process.communicate(timeout=550)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(
         text[-3000:] for text in errors)
     two = read_losses(tmp_path / "two")
@@ -202,7 +202,7 @@ def test_machines_that_share_no_disk_go_on_together(tmp_path):
     """The first process's state counts for all; the others have none."""
     def launched(*arguments):
         ranks = two_ranks(lambda rank: tmp_path / f"machine{rank}", *arguments)
-        errors = [process.communicate(timeout=300)[1] for process in ranks]
+        errors = [process.communicate(timeout=550)[1] for process in ranks]
         assert [p.returncode for p in ranks] == [0, 0], "\n".join(e[-3000:] for e in errors)
 
     launched("--stop-at", 7)
