@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +48,7 @@ def test_quantize_save_load_and_sample(comfy_server):
         "save": {"class_type": "QuantTuneSaveQuantizedUNet",
                  "inputs": {"model": ["q", 0], "filename_prefix": "quanttune/server"}},
     }
+    comfy_server.forget_results()
     history, events = comfy_server.queue(first)
     # One bar for quantizing, one for sampling.
     assert {"q", "sample"} <= {e["data"]["node"] for e in events if e["type"] == "progress"}
@@ -159,20 +159,24 @@ def test_interrupt_stops_sampling_and_the_next_run_is_unharmed(comfy_server):
     load = {"load": {"class_type": "QuantTuneLoadQuantizedUNet",
                      "inputs": {"unet_name": "starter-4bit.safetensors"}}}
     expected = comfy_server.pictures(comfy_server.queue(graph(["load", 0], seed=8) | load)[0])
-    long_run = graph(["load", 0], steps=2000, seed=9) | load
-    outcome = []
+    long_run = graph(["load", 0], steps=10_000, seed=9) | load
+    outcome, sampling = [], threading.Event()
+
+    def listen(event):
+        if event["type"] == "progress" and event["data"]["node"] == "sample":
+            sampling.set()
 
     def run():
         try:
-            outcome.append(comfy_server.queue(long_run))
+            outcome.append(comfy_server.client.run(long_run, on_event=listen))
         except RunFailed as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    time.sleep(4)
+    assert sampling.wait(300), "the run did not begin"
     comfy_server.client.interrupt()
-    thread.join(timeout=60)
+    thread.join(timeout=240)
     assert not thread.is_alive() and isinstance(outcome[0], RunFailed)
     after = comfy_server.pictures(comfy_server.queue(graph(["load", 0], seed=8) | load)[0])
     assert not after or (after["image"][0] == expected["image"][0]).all()

@@ -136,6 +136,7 @@ def test_on_the_real_server(comfy_server):
                 "inputs": {"network": "starter classifier", "folder": "starter: pip",
                            "reference_folder": "starter: crest", "captions": ""}},
     }
+    comfy_server.forget_results()
     history, events = comfy_server.queue(graph)
     assert {"compare", "set"} <= {e["data"]["node"] for e in events if e["type"] == "progress"}
     assert "28.13" in history["outputs"]["compare"]["text"][0], "20 log10(255 / 10) dB"
