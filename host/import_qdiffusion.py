@@ -82,7 +82,8 @@ def doubts(state: QDiffusionCheckpoint, path: str) -> list[str]:
     name, lines = os.path.basename(path), []
     if state.cut > DOUBTFUL_CUT:
         lines.append(f"With {state.bits} bits {state.cut:.0%} of the weights of {name} are cut off "
-                     "at an end of their range: it looks like a file of more bits.")
+                     "at an end of their range: it looks like a file of more bits; set bits to "
+                     "those that it was made with.")
     if state.doubtful:
         lines.append(f"{len(state.doubtful)} layers of {name} look as if they had another bit "
                      f"width than the others' {state.bits}: {', '.join(state.doubtful[:3])}"

@@ -40,9 +40,10 @@ WIDTHS = ((64.0, 8), (10.0, 4), (5.0, 3))
 LEAST_USED = 4
 """A declared width is refused when a typical channel uses less than this part of its integers."""
 MOST_CUT, DOUBTFUL_CUT = 0.6, 0.25
-"""Parts of all weights that a declared width may cut off at an end of its range: with more than the
-first it is refused, with more than the second it is told. Steps searched for the least error cut
-off the tails alone (below 0.2); one bit too few cuts half of all weights, two bits most of them."""
+"""Parts of all weights that a width, declared or found, may cut off at an end of its range: with
+more than the first it is refused, with more than the second it is told. Steps searched for the
+least error cut off the tails alone (below 0.2); one bit too few cuts half of all weights, two bits
+most of them."""
 PICKLED, NAMES_WITHIN = b"\x80", 2**20
 """How a file of torch's old format begins, and in how many bytes the first layers' names stand."""
 
@@ -56,8 +57,7 @@ class QDiffusionCheckpoint:
         layers: name, as in LDM or DDPM and without a prefix, to `QDiffusionLayer`.
         floats: every other tensor by name (biases, norms), float32.
         doubtful: layers whose own weights look like another width than ``bits``.
-        cut: the part of all weights that declared bits cut off at an end of their range; 0 where
-            the bits are the file's own.
+        cut: the part of all weights that these bits cut off at an end of their range.
     """
 
     bits: int
@@ -83,7 +83,7 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
         QuantTuneError: a file that is missing, damaged, pickled code or of another kind; a layer
             that lacks a tensor or has one of a wrong shape, NaN, or a step that is not above 0;
             bits that the file cannot have: too many for what its weights span, or so few that
-            most weights would be cut off.
+            most weights would be cut off; also those that its weights look like.
     """
     if bits is not None and (type(bits) is not int or bits not in SUPPORTED_BITS):
         raise QuantTuneError(f"bits is {bits!r}, but a checkpoint has 2, 3, 4 or 8.")
@@ -184,8 +184,8 @@ class _Reader:
     def __init__(
         self, path: str, name: str, tensors: dict[str, StoredTensor], declared: int | None
     ):
-        self.path, self.name, self.tensors, self.declared = path, name, tensors, declared
-        self.cut = 0
+        self.path, self.name, self.tensors = path, name, tensors
+        self.cut = dict.fromkeys(SUPPORTED_BITS if declared is None else (declared,), 0)
 
     def wrong(self, what: str) -> QuantTuneError:
         return _wrong(self.path, self.name, what)
@@ -198,8 +198,11 @@ class _Reader:
             raise self.wrong(f"lacks the tensor {key[1:]}")
         return tensor
 
-    def read(self) -> tuple[StoredTensor, int | None, tuple[Rounding, ...], int]:
-        """The weight, its split, one or two roundings, and how many weights are cut off."""
+    def read(self) -> tuple[StoredTensor, int | None, tuple[Rounding, ...], dict[int, int]]:
+        """The weight, its split, one or two roundings, and bits to how many weights they cut off.
+
+        The bits are the declared ones, or else all that there may turn out to be.
+        """
         weight = self.needed(".weight")
         if (
             not 2 <= len(weight.shape) <= 5
@@ -291,11 +294,11 @@ class _Reader:
                 if most > LARGEST_SCALE:
                     raise self.wrong(f"has a weight of size {most:.3g}, which no model has")
                 out[block] = (high - low) / delta[block]
-                if self.declared is not None:
-                    # Whichever way alpha rounds: what lies outside by half a step or more.
-                    u = (own / delta[block, None]).add_(zero_point[block, None])
-                    most = 2**self.declared - 0.5
-                    self.cut += int(((u < -0.5) | (u > most)).sum())
+                # Whichever way alpha rounds: what lies outside by half a step or more.
+                u = (own / delta[block, None]).add_(zero_point[block, None])
+                below = int((u < -0.5).sum())
+                for bits in self.cut:
+                    self.cut[bits] += below + int((u > 2**bits - 0.5).sum())
         return tuple(Rounding(*q, s) for q, s in zip(quantizers, steps))
 
 
@@ -316,16 +319,18 @@ def _bits(path: str, found: dict, declared: int | None) -> tuple[int, dict[str, 
             f"the median, as {_width(median)} bits do, of {2**declared - 1}; set bits to "
             f"{_width(median)} or leave it to the file."
         )
-    cut = sum(own for *_, own in found.values()) / sum(w.numel for w, *_ in found.values())
+    own = _width(median)
+    bits = declared or own
+    cut = sum(c[bits] for *_, c in found.values()) / sum(w.numel for w, *_ in found.values())
     if cut > MOST_CUT:
-        own = _width(median)
-        cure = (
-            f"set bits to {own} or leave it to the file"
-            if own != declared
-            else ("download it again or choose another checkpoint")
-        )
+        cure = "download it again or choose another checkpoint"
+        if declared is None:
+            cure = f"set bits to those that it was made with, {cure}"
+        elif own != declared:
+            cure = f"set bits to {own} or leave it to the file"
+        looks = "" if declared else ", which its weights look like"
         raise QuantTuneError(
-            f"The file {path} cannot have {declared} bits: {cut:.0%} of its weights lie outside of "
-            f"0 to {2**declared - 1}, and would be cut off; {cure}."
+            f"The file {path} cannot have {bits} bits{looks}: {cut:.0%} of its weights lie outside "
+            f"of 0 to {2**bits - 1}, and would be cut off; {cure}."
         )
-    return declared or _width(median), {name: float(s.median()) for name, s in each.items()}, cut
+    return bits, {name: float(s.median()) for name, s in each.items()}, cut

@@ -153,7 +153,7 @@ def test_bits_that_are_the_files_cut_nothing_off(bits, tmp_path):
     state = synthetic(bits, seed=bits)
     path = saved(state, tmp_path)
     assert load_qdiffusion(path, bits).cut < 0.02
-    assert load_qdiffusion(path).cut == 0
+    assert load_qdiffusion(path).cut == load_qdiffusion(path, bits).cut
     # Steps that were searched for the least error cut the tails off.
     for key in [k for k in state if k.endswith("delta")]:
         state[key] /= 1.3
@@ -167,8 +167,23 @@ def test_zero_points_of_another_file(tmp_path):
     state = synthetic(4)
     for key in [k for k in state if k.endswith("zero_point")]:
         state[key] += 99
+    path = saved(state, tmp_path)
     with pytest.raises(QuantTuneError, match="100% of its weights.*; download it again"):
-        load_qdiffusion(saved(state, tmp_path), 4)
+        load_qdiffusion(path, 4)
+    with pytest.raises(QuantTuneError, match="4 bits, which its weights look like: 100% of its "
+                       "weights.*; set bits to those that it was made with, download it again"):
+        load_qdiffusion(path)
+
+
+def test_bits_that_were_found_may_be_too_few_as_well(tmp_path):
+    """Weights that span 32 of 256 steps look like 4 bits, which do not hold their upper half."""
+    state = synthetic(8)
+    for key in [k for k in state if k.endswith("delta")]:
+        state[key] *= 8
+        zero = key.replace("delta", "zero_point")
+        state[zero] = (state[zero] / 8).round()
+    found = load_qdiffusion(saved(state, tmp_path))
+    assert found.bits == 4 and DOUBTFUL_CUT < found.cut < MOST_CUT
 
 
 @pytest.mark.parametrize("part", ["delta", "zero_point", "alpha"])
