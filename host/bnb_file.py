@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +24,11 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
-from .diffusers_files import fault, shards
+from .diffusers_files import SHARD, fault, index_of, is_index, shards
 from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
 from .unet_names import DIFFUSERS, detect, find_unet, host_names
-from .unet_source import INDEX, SCB, STATE, V_SIGN, settings_beside, unet_metadata
+from .unet_source import SCB, STATE, V_SIGN, settings_beside, unet_metadata
 
 FORMAT = ".weight_format"
 ROW = ("row", 0)
@@ -37,8 +36,6 @@ ROW = ("row", 0)
 LARGEST_BLOCK = 4096
 LARGEST_SCALE = 65504.0
 """Of float16, in which these models are: a scale is the largest weight of its block or row."""
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
-"""How the files are called that a large model was cut into."""
 
 
 def is_bnb_file(path: str | os.PathLike[str]) -> bool:
@@ -68,12 +65,12 @@ def _files(path: str) -> list[str]:
         QuantTuneError: a shard without its index, or an index whose files are not all there.
     """
     name = os.path.basename(path)
-    match = SHARD.fullmatch(name)
-    if match is None and not name.endswith(INDEX):
+    index = index_of(Path(path))
+    if index is None and not is_index(path):
         return [path]
-    index = Path(path).with_name(f"{match[1]}.safetensors{INDEX}") if match else Path(path)
+    own, index = index is not None, index or Path(path)
     files, trouble = shards(index)
-    if trouble is None and match and name not in {file.name for file in files}:
+    if trouble is None and own and name not in {file.name for file in files}:
         trouble = f"{index.name} does not name this file"
     for file in () if trouble else files:
         if what := fault(file):
@@ -96,8 +93,14 @@ def read_bnb(path: str | os.PathLike[str]) -> QuantizedCheckpoint:
         QuantTuneError: a damaged file or layer, or a model that this ComfyUI does not know.
     """
     path = os.fspath(path)
-    tensors = {name: value for file in _files(path)
-               for name, value in read_with_strings(file)[1].items()}
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        found = read_with_strings(file)[1]
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise QuantTuneError(f"The file {os.path.basename(file)} has '{brief(twice[0])}', "
+                                 f"which another part of {path} has, too; download or save the "
+                                 "model again.")
+        tensors |= found
     prefix, kind = find_unet(tensors) or (
         comfy.model_detection.unet_prefix_from_state_dict(tensors), "")
     if not any(key.startswith(prefix) for key in tensors):

@@ -12,9 +12,10 @@ from ..quant.stream_checkpoint import stream_quantized_unet
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_unpickled
 from .convert_inputs import check_apart
 from .convert_target import check_target
+from .diffusers_files import is_index
 from .load_unet import plan_quantization
 from .unet_names import find_unet
-from .unet_source import INDEX, open_unet
+from .unet_source import open_unet
 
 
 def detect(path: str | os.PathLike[str]) -> bool:
@@ -26,7 +27,7 @@ def detect(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.is_dir():
         return any((path / name).exists() for name in ("model_index.json", "config.json", "unet"))
-    if path.name.endswith(INDEX):
+    if is_index(path):
         return True
     try:
         if path.suffix.lower() in SAFETENSORS:

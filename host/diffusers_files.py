@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ UNFINISHED = (".incomplete", ".part", ".crdownload", ".download")
 LFS = b"version https://git-lfs"
 """How the little file begins that Git leaves in place of a large one it did not fetch."""
 MOST_SHARDS = 1000
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.(?P<kind>safetensors|bin)")
+"""How the files are called that a large model was cut into."""
+INDEX = re.compile(r".+\.index(\.\w+)?\.json")
+"""How the list of them is called, the precision of a variant before or after ".index"."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class ModelFolder:
                 if not is_finite(value):
                     raise self.unfinished(
                         f"{path.name} has NaN or infinite values in '{brief(name)}'")
+                if name in state:
+                    raise self.unfinished(f"{path.name} has '{brief(name)}', which another of its "
+                                          "files has, too")
             state |= tensors
         return state
 
@@ -155,7 +163,39 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
         names, plain = [], False
     if not names or not plain or len(names) > MOST_SHARDS:
         return [], f"{index.name} does not list the files of the weights"
+    if lacking := _unlisted(names):
+        return [], f"{index.name} does not list {lacking}"
     return [index.with_name(name) for name in names], None
+
+
+def _unlisted(names: list[str]) -> str | None:
+    """The first file that the others' names ("-00001-of-00003") promise and that is not there."""
+    for match in filter(None, map(SHARD.fullmatch, names)):
+        stem, count, kind = match["stem"], match["count"], match["kind"]
+        for number in range(1, int(count) + 1):
+            name = f"{stem}-{number:05d}-of-{count}.{kind}"
+            if name not in names:
+                return name
+    return None
+
+
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is by its name the index of a model's shards."""
+    return INDEX.fullmatch(Path(path).name) is not None
+
+
+def index_of(shard: Path) -> Path | None:
+    """The index that names a shard, whether it is there or not; None for what is no shard.
+
+    Of a variant ("model.fp16-00001-of-00002.safetensors") there are two ways to write it.
+    """
+    match = SHARD.fullmatch(shard.name)
+    if match is None:
+        return None
+    stem, dot, variant = match["stem"].rpartition(".")
+    first = shard.with_name(f"{match['stem']}.{match['kind']}.index.json")
+    second = shard.with_name(f"{stem}.{match['kind']}.index.{variant}.json")
+    return second if dot and not first.exists() and second.exists() else first
 
 
 def _left_over(folder: Path) -> str:

@@ -12,13 +12,11 @@ import folder_paths
 from ..quant import QuantTuneError
 from ..quant.safe_file import own_format, read_header
 from ..quant.tensor_file import PICKLED, SAFETENSORS
-from .bnb_file import SHARD
-from .diffusers_files import shards
+from .diffusers_files import index_of, is_index, shards
 from .folders import STATES, file_state
 from .lora_keys import brief
 from .model_places import INDEX, model_folders, single_files
 from .unet_names import find_unet
-from .unet_source import INDEX as SHARDS
 from .unet_source import SCHEDULER, UNET_CLASS
 from .upscaler_files import CHANNELS
 
@@ -80,10 +78,10 @@ def quantized_unet_state(path: str | os.PathLike[str]) -> str:
     state of TuneQDM.
     """
     path = Path(path)
-    folder, match = path.parent, SHARD.fullmatch(path.name)
+    folder = path.parent
     files = {path, *folder.glob("*.json"), folder / SCHEDULER, folder.parent / SCHEDULER}
-    index = folder / f"{match[1]}.safetensors{SHARDS}" if match else path
-    if index.name.endswith(SHARDS):
+    index = index_of(path) or path
+    if is_index(index):
         files |= set(shards(index)[0])
     if path.suffix.lower() in STATES:
         files |= set((folder / "unet").glob("*"))

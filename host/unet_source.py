@@ -22,14 +22,13 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import own_format
 from ..quant.tensor_file import TensorFile, open_tensors
 from .diffusers_config import UNET_FIXED, Settings
-from .diffusers_files import ModelFolder, fault, shards
+from .diffusers_files import ModelFolder, fault, is_index, shards
 from .fp8 import Fp8, take_scales
 from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
 from .unet_names import DIFFUSERS, detect, find_unet, host_names
 
 UNET_CLASS = "UNet2DConditionModel"
-INDEX = ".index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 STATE, SCB = ".weight.quant_state.bitsandbytes__", ".SCB"
 """In the names of what bitsandbytes keeps beside a weight of 4 bits, and of int8."""
@@ -97,7 +96,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
     """Look at a UNet: the folder of a diffusers pipeline or of its UNet, or a file.
 
     Args:
-        path: folder, model file, or the index of shards (``….index.json``).
+        path: folder, model file, or the index of shards (``….index.json``, ``….index.fp16.json``).
         name: what to call it in files made from it; by default the file's or folder's name.
 
     Raises:
@@ -109,7 +108,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
     if path.is_dir():
         return _of_folder(path, name)
     where = f"The UNet in {path}"
-    if path.name.endswith(INDEX):
+    if is_index(path):
         files, trouble = shards(path)
         for file in () if trouble else files:
             if what := fault(file):

@@ -326,6 +326,37 @@ class TestShards:
             found = models.forward(load_model(str(folder / name), name), arguments)
             assert torch.equal(found, expected), name
 
+    def test_a_variant_of_a_precision(self, folder):
+        """diffusers' names of shards and index with ``variant="fp16"``."""
+        from quanttune.host.build import load_model
+
+        folder, names = folder
+        index = folder / f"{FILE}.index.json"
+        text = index.read_text()
+        index.unlink()
+        for name in names:
+            own = name.replace("-0000", ".fp16-0000", 1)
+            (folder / name).rename(folder / own)
+            text = text.replace(name, own)
+        index = index.with_name(f"{FILE}.index.fp16.json")
+        index.write_text(text)
+        expected = load_model(str(folder / FILE), "whole").model.state_dict().keys()
+        for path in (index, *folder.glob("*.fp16-*")):
+            assert load_model(str(path), "x").model.state_dict().keys() == expected, path
+
+    def test_the_same_tensor_in_two_of_them(self, folder):
+        from quanttune.host.build import load_model
+        from quanttune.quant import QuantTuneError
+
+        folder, names = folder
+        part = load_file(folder / names[1])
+        save_file({**part, "conv_out.bias": torch.ones(4)}, folder / names[1])
+        first = load_file(folder / names[0])
+        save_file({**first, "conv_out.bias": torch.zeros(4)}, folder / names[0])
+        with pytest.raises(QuantTuneError, match=f"{names[1]} has 'conv_out.bias', which another "
+                                                 "part of .* has, too; download"):
+            load_model(str(folder / names[0]), "x")
+
     def test_parts_that_are_not_whole(self, folder, tmp_path):
         from quanttune.host.build import load_model
         from quanttune.quant import QuantTuneError
