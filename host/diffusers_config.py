@@ -13,9 +13,11 @@ from ..quant import QuantTuneError
 from .lora_keys import brief
 
 PREDICTIONS = {"v_prediction": "V_PREDICTION", "epsilon": "EPS"}
-SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear",
-             "squaredcos_cap_v2": "squaredcos_cap_v2"}
-"""Names of noise schedules in diffusers, and what the host calls the same."""
+SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}
+"""Names of noise schedules in diffusers, and what the host calls the same. It has a name for
+``squaredcos_cap_v2``, too, and fails when a model is built with it."""
+NO_SCHEDULE = ("a schedule of the noise that ComfyUI cannot sample with; load the model with "
+               f"diffusers, or choose one that was trained with {' or '.join(SCHEDULES)}")
 UNET_FIXED = {
     "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True,
     "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1,
@@ -44,9 +46,10 @@ class Settings:
     where: str
     cannot: str
 
-    def wrong(self, key: str, value: Any) -> QuantTuneError:
-        """The error for a setting that the host cannot follow."""
-        return QuantTuneError(f"{self.where} says {key} = {brief(value, 60)}, {self.cannot}.")
+    def wrong(self, key: str, value: Any, cannot: str = "") -> QuantTuneError:
+        """The error for a setting that the host cannot follow, and what is said of it."""
+        return QuantTuneError(f"{self.where} says {key} = {brief(value, 60)}, "
+                              f"{cannot or self.cannot}.")
 
     def expect(self, wanted: Mapping[str, Any]) -> None:
         """Refuse a setting that is there and is not what the host computes with."""
@@ -93,7 +96,7 @@ class Settings:
         self.expect({"num_train_timesteps": 1000, "trained_betas": None})
         kind = self.values.get("beta_schedule", "linear")
         if not isinstance(kind, str) or kind not in SCHEDULES:
-            raise self.wrong("beta_schedule", kind)
+            raise self.wrong("beta_schedule", kind, NO_SCHEDULE)
         start, end = self.values.get("beta_start", 0.0001), self.values.get("beta_end", 0.02)
         for key, value in (("beta_start", start), ("beta_end", end)):
             if not isinstance(value, float) or not 0 < value < 1:

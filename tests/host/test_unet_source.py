@@ -80,13 +80,15 @@ class TestForms:
         {"safe_serialization": False, "max_shard_size": "200KB"},
         {"variant": "fp16", "max_shard_size": "200KB"}], ids=str)
     def test_forms_of_a_folder(self, options, saved, folder):
+        from quanttune.host.convert_unet import detect
+
         shutil.rmtree(folder / "unet")
         saved[0].save_pretrained(folder / "unet", **options)
         same(folder, saved[2])
         same(folder / "unet", saved[2])
         for index in (folder / "unet").glob("*.index*.json"):
-            if index.name.endswith(".index.json"):
-                same(index, saved[2])
+            same(index, saved[2])
+            assert detect(index)
 
     def test_the_folder_of_the_unet_alone_and_its_file(self, saved, folder):
         same(folder / "unet", saved[2])
@@ -275,6 +277,25 @@ class TestRefused:
         shard.write_bytes(content[:-10])
         for path in (folder, index):
             assert shard.name in told("is cut short", open_, path)
+
+    def test_an_index_that_lists_a_part_of_the_shards(self, saved, folder):
+        shutil.rmtree(folder / "unet")
+        saved[0].save_pretrained(folder / "unet", max_shard_size="200KB")
+        index = folder / "unet" / f"{WEIGHTS}.index.json"
+        listed = json.loads(index.read_text())
+        names = sorted(set(listed["weight_map"].values()))
+        kept = {k: v for k, v in listed["weight_map"].items() if v in names[:len(names) // 2]}
+        index.write_text(json.dumps({**listed, "weight_map": kept}))
+        for path in (folder, folder / "unet", index):
+            assert "download" in told(f"does not list {names[len(names) // 2]}", open_, path)
+
+    @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "sigmoid"])
+    def test_noise_that_comfyui_cannot_sample(self, schedule, saved, tmp_path):
+        folder = unets.save_pipeline(saved[0], tmp_path / "x", {"beta_schedule": schedule})
+        for path in (folder, folder / "unet", folder / "unet" / WEIGHTS):
+            message = told(f"scheduler_config.json says beta_schedule = {schedule}, a schedule of "
+                           "the noise", open_, path)
+            assert "load the model with diffusers, or choose one that was trained with" in message
 
     def test_code(self, tmp_path):
         torch.save({"state_dict": print}, tmp_path / "a.ckpt")
