@@ -108,8 +108,7 @@ def from_state(state: TuneqdmState, names: Mapping[str, str],
             raise QuantTuneError(f"The TuneQDM state has a layer '{name[:100]}' that the UNet has "
                                  "not; choose the state of an SD1.x, SD2.x or SDXL model.")
         if layer.integers is None:
-            raise QuantTuneError(f"The TuneQDM state has no integers for the layer '{name[:100]}', "
-                                 "only scales; give the float model that it was trained on.")
+            raise _without_integers(state, name, base_name)
         half = 1 << (layer.bits - 1)
         zero = (layer.zero_point + half).reshape(-1, 1)
         if layer.z is not None and torch.equal(layer.z, zero.flatten()):
@@ -132,6 +131,18 @@ def from_state(state: TuneqdmState, names: Mapping[str, str],
     told.setdefault("bits", max(set(bits), key=bits.count))
     told["extra"] = {**told.get("extra", {}), "tuneqdm": _plain(state.config)}
     return layers, ScaleSet(scales, state.num_experts, state.num_timesteps, ScaleMetadata(**told))
+
+
+def _without_integers(state: TuneqdmState, name: str, base_name: str) -> QuantTuneError:
+    """The error for a state, or a layer of it, that is scales alone."""
+    count = sum(layer.integers is None for layer in state.layers.values())
+    what = f"The TuneQDM state {base_name}".rstrip()
+    which = "any layer" if count == len(state.layers) else f"the layer '{name[:100]}'"
+    return QuantTuneError(
+        f"{what} has no integers for {which}, only scales, which say "
+        "nothing without the float model that they were trained on; give that model to 'python -m "
+        "quanttune convert STATE OUT.safetensors --base MODEL' and use what it writes, "
+        "OUT-scales.safetensors in 'Apply TuneQDM Scales' on OUT.safetensors.")
 
 
 def to_state(layers: Mapping[str, QuantizedWeight], floats: Mapping[str, Tensor],

@@ -1,6 +1,7 @@
 """TuneQDM's own files in the host: the forward of every expert, bases, nodes, and the way back."""
 
 import copy
+import json
 import shutil
 import types
 
@@ -185,7 +186,12 @@ class TestBase:
         own = {k: v for k, v in state["delta_state"].items()
                if not k.endswith(("weight_int", "zero_point"))}
         torch.save({**state, "delta_state": own}, tmp_path / "x.pt")
-        told("has no integers for the layer", read, tmp_path / "x.pt")
+        for action, arguments in ((read, ()), (load, ()), (routed, (tmp_path / "dog" / STATE,)),
+                                  (convert, (tmp_path / "a.safetensors",))):
+            message = told("x.pt has no integers for any layer, only scales", action,
+                           tmp_path / "x.pt", *arguments)
+            assert "convert STATE OUT.safetensors --base MODEL" in message
+            assert "'Apply TuneQDM Scales' on OUT" in message
         base = unets.save_pipeline(unet, tmp_path / "base")
         found, scales, _ = read(tmp_path / "x.pt", base)
         whole, expected, _ = read(tmp_path / "dog" / STATE, base)
@@ -201,6 +207,13 @@ class TestBase:
         lines = read(tmp_path / "dog" / STATE, near)[2]
         assert "the others take the mean of their experts" in lines[0]
         told("holds something else than the weights", read, tmp_path / "dog" / STATE,
+             tmp_path / "dog" / STATE)
+
+    def test_noise_that_comfyui_cannot_sample(self, tmp_path):
+        trained(tmp_path / "dog")
+        path = tmp_path / "dog" / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({**unets.SCHEDULER, "beta_schedule": "squaredcos_cap_v2"}))
+        told("says beta_schedule = squaredcos_cap_v2, a schedule of the noise", read,
              tmp_path / "dog" / STATE)
 
     def test_no_base(self, tmp_path):

@@ -296,7 +296,9 @@ class TestBase:
         state = authors_state(net, 4, 2)
         own = {k: v for k, v in state["delta_state"].items()
                if not k.endswith(("weight_int", "zero_point"))}
-        refused(path, {**state, "delta_state": own}, "has no integers for the layer 'fc'")
+        refused(path, {**state, "delta_state": own}, "has no integers for any layer, only")
+        some = {k: v for k, v in state["delta_state"].items() if k != "fc.weight_int"}
+        refused(path, {**state, "delta_state": some}, "has no integers for the layer 'fc', only")
         layer = find_base(written(path, {**state, "delta_state": own}).layers["fc"],
                           net.fc.weight, False, 4)
         assert torch.equal(layer.integers, state["delta_state"]["fc.weight_int"])
