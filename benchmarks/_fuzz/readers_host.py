@@ -1,4 +1,4 @@
-"""The readers of `host/`: models, LoRAs and upscalers of other programs, and what lists them."""
+"""The readers of UNets that need the host: folders and files of other programs, MODELs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import archives
 from .decode import Unreadable, pickled, safetensors
-from .readers_quant import finite, random
+from .readers_quant import finite
 from .run import Files, Reader
 from .scratch import folder_files, written
 
@@ -66,7 +66,7 @@ def sharded() -> Files:
     index = {"metadata": {"total_size": 1}, "weight_map": {}}
     for number, part in ((1, names[::2]), (2, names[1::2])):
         file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
-        files[f"sd/unet/{file}"] = _saved({n: tensors[n] for n in part})
+        files[f"sd/unet/{file}"] = stored_file({n: tensors[n] for n in part})
         index["weight_map"] |= dict.fromkeys(part, file)
     files[f"sd/unet/{WEIGHTS}.index.json"] = json.dumps(index).encode()
     return files
@@ -76,7 +76,8 @@ def _tensor(stored) -> Tensor:
     return torch.from_numpy(stored.floats().astype(np.float32)).reshape(stored.shape)
 
 
-def _saved(tensors: Mapping[str, Tensor], strings: dict | None = None) -> bytes:
+def stored_file(tensors: Mapping[str, Tensor], strings: dict | None = None) -> bytes:
+    """A safetensors file of tensors."""
     from safetensors.torch import save
 
     return save({n: t.contiguous().clone() for n, t in tensors.items()}, strings)
@@ -138,8 +139,8 @@ def file_seeds() -> list[Files]:
     prefixed = {f"model.diffusion_model.{n}": t for n, t in state.items()}
     half = {n: t.half().float() for n, t in prefixed.items()}
     return [
-        {"a.safetensors": _saved(state)},
-        {"a.safetensors": _saved({n: t.half() for n, t in half.items()}, {"format": "pt"})},
+        {"a.safetensors": stored_file(state)},
+        {"a.safetensors": stored_file({n: t.half() for n, t in half.items()}, {"format": "pt"})},
         {"a.ckpt": archives.saved({"state_dict": prefixed, "global_step": 1})},
     ]
 
@@ -155,7 +156,7 @@ def fp8_seeds() -> list[Files]:
         else:
             tensors[name] = value
     tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    return [{"a.safetensors": _saved(tensors)}]
+    return [{"a.safetensors": stored_file(tensors)}]
 
 
 def check_finite(files: Files, found: Any) -> str | None:
@@ -202,7 +203,7 @@ def stock_seeds() -> list[Files]:
             tensors[name.replace(".weight", ".comfy_quant")] = mark
         else:
             tensors[name] = torch.zeros(value.shape, dtype=torch.half)
-    return [{"a.safetensors": _saved(tensors)}]
+    return [{"a.safetensors": stored_file(tensors)}]
 
 
 def bnb_seeds() -> list[Files]:
@@ -222,7 +223,9 @@ def bnb_seeds() -> list[Files]:
         else:
             int8[name] = four[name] = value
     config = pipeline()["sd/unet/config.json"]
-    return [{"a.safetensors": _saved(tensors), "config.json": config} for tensors in (int8, four)]
+    return [
+        {"a.safetensors": stored_file(tensors), "config.json": config} for tensors in (int8, four)
+    ]
 
 
 def checkpoint_tensors(found: Any) -> dict[str, Tensor]:
@@ -280,119 +283,9 @@ def read_model(folder: Path, target: str) -> dict[str, Tensor]:
     return checkpoint_tensors(quantized_model(load_model(str(folder / target), target)).checkpoint)
 
 
-def lora_seeds() -> list[Files]:
-    """LoRAs for the tiny model: ComfyUI's names, DoRA, and peft's with its settings."""
-    from quanttune.host.lora_file import save_lora
-    from quanttune.tests.host.lora_models import exported
-    from quanttune.tests.host.models import small_model
-
-    with torch.inference_mode():
-        _, lora = exported(small_model())
-        kohya = written("a.safetensors", lambda path: save_lora(path, lora))
-    peft = {}
-    for name in (
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k",
-    ):
-        peft |= {
-            f"base_model.model.{name}.lora_A.weight": random(4, 32),
-            f"base_model.model.{name}.lora_B.weight": random(32, 4),
-        }
-    config = json.dumps(
-        {
-            "peft_type": "LORA",
-            "r": 4,
-            "lora_alpha": 6,
-            "target_modules": ["to_q"],
-            "alpha_pattern": {},
-            "rank_pattern": {},
-        }
-    ).encode()
-    return [
-        {"a.safetensors": kohya},
-        {"a.safetensors": _saved(peft), "adapter_config.json": config},
-    ]
-
-
-@lru_cache(maxsize=1)
-def _model():
-    from quanttune.tests.host.models import small_model
-
-    with torch.inference_mode():
-        return small_model()
-
-
-def read_lora_file(folder: Path, target: str) -> Any:
-    """*Load LoRA (QuantTune)* and *LoRA Train*'s start: read, fitted to a model, as layers."""
-    from quanttune.host.lora_file import import_lora, read_lora
-
-    lora = read_lora(folder / "a.safetensors")
-    return lora, import_lora(lora, _model(), notes=False)
-
-
-def check_lora(files: Files, found: Any) -> str | None:
-    """The file's tensors, finite, and layers that are finite."""
-    try:
-        _, stored = safetensors(files["a.safetensors"])
-    except Unreadable as error:
-        return f"a file that is none was accepted: {error}"
-    lora, layers = found
-    if lora.keys() != stored.keys() or not all(s.same(lora[n]) for n, s in stored.items()):
-        return "other tensors than the file holds"
-    for name, layer in layers.items():
-        parts = [layer.down, layer.up, torch.tensor(float(layer.alpha)), layer.dora_scale]
-        if not all(bool(p.isfinite().all()) for p in parts if p is not None):
-            return f"{name} is not finite"
-    return finite(stored)
-
-
-def upscaler_seeds() -> list[Files]:
-    """A tiny x4 upscaler's folder."""
-    from quanttune.tests.host.upscalers import tiny_pipeline
-
-    return [folder_files(lambda path: tiny_pipeline().save_pretrained(path / "x4"))]
-
-
-def read_upscaler(folder: Path, target: str) -> list[dict[str, Tensor]]:
-    """What *Load SD 4x Upscale* reads before it builds."""
-    from quanttune.host import upscaler_diffusers as parts
-
-    path = folder / "x4"
-    parts.check_pipeline(path)
-    return [
-        part.state for part in (parts.read_unet(path), parts.read_vae(path), parts.read_text(path))
-    ]
-
-
-def check_upscaler(files: Files, found: list[dict[str, Tensor]]) -> str | None:
-    """The UNet's and the VAE's numbers are those of the files."""
-    for part, state in zip(("unet", "vae"), found):
-        wanted = stored_sums(
-            files, [n for n in files if n.startswith(f"x4/{part}/") and n.endswith(".safetensors")]
-        )
-        if isinstance(wanted, str):
-            return wanted
-        if sums(state.values()) != wanted:
-            return f"the {part} has other numbers than its files"
-    return None
-
-
-def load_whole_upscaler(folder: Path, target: str) -> dict[str, Tensor]:
-    """*Load SD 4x Upscale* on a folder, to the MODEL."""
-    from quanttune.host.load_upscaler import load_folder
-
-    model, _, _ = load_folder(folder / "x4")
-    return dict(model.model.diffusion_model.state_dict())
-
-
 def json_files(name: str) -> bool:
     """Settings alone."""
     return name.endswith(".json")
-
-
-def small(name: str) -> bool:
-    """All but the upscaler's table of words, which is larger than the rest."""
-    return not name.startswith("x4/text_encoder/model")
 
 
 def readers() -> list[Reader]:
@@ -421,22 +314,5 @@ def readers() -> list[Reader]:
         Reader("bitsandbytes file", bnb_seeds, settled(read_bnb_file), check_finite, share=0.2),
         Reader(
             "quantized UNet to MODEL", built_seeds, settled(read_model), check_finite, share=0.15
-        ),
-        Reader("LoRA", lora_seeds, settled(read_lora_file), check_lora, share=0.5),
-        Reader(
-            "upscaler folder",
-            upscaler_seeds,
-            settled(read_upscaler),
-            check_upscaler,
-            small,
-            share=0.06,
-        ),
-        Reader(
-            "upscaler folder to MODEL",
-            upscaler_seeds,
-            settled(load_whole_upscaler),
-            lambda f, t: None,
-            json_files,
-            share=0.04,
         ),
     ]

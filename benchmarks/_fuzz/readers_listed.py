@@ -10,7 +10,7 @@ import torch
 from quanttune.quant.qdiffusion import is_qdiffusion
 from quanttune.quant.safe_file import is_cut_short
 
-from . import readers_host, readers_pictures, readers_quant
+from . import readers_host, readers_pickled, readers_pictures, readers_quant
 from .run import Files, Reader
 from .scratch import written
 
@@ -22,9 +22,9 @@ def listing_seeds() -> list[Files]:
     return [
         *readers_quant.unet_seeds()[:1],
         *readers_quant.plain_seeds(),
-        *readers_quant.pickled_seeds("a.pt"),
-        *readers_quant.qdiffusion_seeds()[:1],
-        *readers_quant.tuneqdm_seeds()[:1],
+        *readers_pickled.pickled_seeds("a.pt"),
+        *readers_pickled.qdiffusion_seeds()[:1],
+        *readers_pickled.tuneqdm_seeds()[:1],
         {
             n.removeprefix("sd/"): v
             for n, v in readers_host.pipeline().items()

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import readers_host, readers_listed, readers_pictures, readers_quant
+from . import (
+    readers_host,
+    readers_listed,
+    readers_lora,
+    readers_pickled,
+    readers_pictures,
+    readers_quant,
+    readers_upscaler,
+)
 from .run import Reader
+
+FILES = (
+    readers_quant,
+    readers_pickled,
+    readers_host,
+    readers_lora,
+    readers_upscaler,
+    readers_pictures,
+    readers_listed,
+)
+"""In the order of the results' table."""
+WITH_HOST = (readers_host, readers_lora, readers_upscaler, readers_listed)
+"""Those whose readers import ComfyUI's models."""
 
 
 def readers() -> dict[str, Reader]:
-    """By name, in the order of the results' table."""
-    found = [
-        *readers_quant.readers(),
-        *readers_host.readers(),
-        *readers_pictures.readers(),
-        *readers_listed.readers(),
-    ]
-    return {reader.name: reader for reader in found}
+    """By name."""
+    return {reader.name: reader for file in FILES for reader in file.readers()}
 
 
 def preload(names: Iterable[str]) -> None:
     """Import what these readers need, once for all processes that are forked from this one."""
-    if not {r.name for r in (*readers_host.readers(), *readers_listed.readers())} & set(names):
+    if not {reader.name for file in WITH_HOST for reader in file.readers()} & set(names):
         return
     import bitsandbytes.functional  # noqa: F401
     import comfy.sd  # noqa: F401
