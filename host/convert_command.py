@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..quant import QuantTuneError, is_qdiffusion, load_qdiffusion, save_quantized_unet
-from ..quant.checkpoint import UNET_FORMAT
 from ..quant.safe_file import own_format, read_header
+from ..quant.unet_metadata import UNET_FORMAT
 from .command import start_host
 from .convert_target import check_target
 

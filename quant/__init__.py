@@ -3,7 +3,6 @@
 from .bank import ScaleBank, check_fits, check_strength
 from .checkpoint import (
     QuantizedCheckpoint,
-    UNetMetadata,
     load_quantized_unet,
     save_quantized_unet,
 )
@@ -35,6 +34,7 @@ from .scale_file import load_scale_set, save_scale_set
 from .scales import LayerScales, ScaleMetadata, ScaleSet, expert_index
 from .scratch import WEIGHTS, ScratchPool
 from .spec import SUPPORTED_BITS, QuantSpec, RangeMethod
+from .unet_metadata import UNetMetadata
 from .weight import QuantizedWeight
 
 __all__ = [

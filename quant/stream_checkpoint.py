@@ -13,12 +13,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .checkpoint import SUFFIXES, UNetMetadata, complete_metadata, layer_facts
+from .checkpoint import SUFFIXES
 from .errors import QuantTuneError
 from .fingerprint import add_layer
 from .packing import packed_shape
 from .paging import let_go
 from .safe_file import METADATA_KEY
+from .unet_metadata import UNetMetadata, complete_metadata, layer_facts
 from .weight import QuantizedWeight
 from .whole_file import stored_header, stored_order, stored_places, tensor_bytes, written_whole
 

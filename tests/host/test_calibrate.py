@@ -279,7 +279,7 @@ def test_dynamic_int8_after_it_chooses_the_ranges():
 def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
     import folder_paths
 
-    from quanttune.host import calibrate as module
+    from quanttune.host import calibration_run as module
 
     folder_paths.set_output_directory(str(tmp_path))
     source = models.small_model()
@@ -311,11 +311,11 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
 def test_a_damaged_state_is_done_again(tmp_path, monkeypatch):
     import folder_paths
 
-    from quanttune.host import calibrate as module
+    from quanttune.host import calibration_run as module
 
     folder_paths.set_output_directory(str(tmp_path))
     source, key = models.small_model(), []
-    monkeypatch.setattr(module._Run, "forget", lambda self: key.append(self.folder))
+    monkeypatch.setattr(module.CalibrationRun, "forget", lambda self: key.append(self.folder))
     calibrated(source)
     key[0].mkdir(parents=True)
     (key[0] / "checkpoint.pt").write_bytes(b"not a state")
@@ -331,13 +331,13 @@ def test_a_damaged_state_is_done_again(tmp_path, monkeypatch):
 def test_a_state_of_wrong_content_is_done_again(state, tmp_path, monkeypatch):
     import folder_paths
 
-    from quanttune.host import calibrate as module
+    from quanttune.host import calibration_run as module
     from quanttune.training.state import save_state
 
     folder_paths.set_output_directory(str(tmp_path))
     source, key = models.small_model(), []
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "forget", lambda self: key.append(self.folder))
+        patch.setattr(module.CalibrationRun, "forget", lambda self: key.append(self.folder))
         clean, _ = calibrated(source)
     save_state(key[0], state)
     model, _ = calibrated(source)
