@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import comfy.model_management
@@ -17,7 +19,7 @@ from torch import Tensor
 from ..quant import QuantizedCheckpoint, QuantTuneError
 from ..quant.limits import is_finite
 from ..quant.safe_file import FLOAT_UNET
-from ..quant.whole_file import unwritten, write_safetensors, written_whole
+from ..quant.whole_file import PART_SECONDS, unwritten, write_safetensors, written_whole
 from .around import is_layer
 from .build import adopt, build_model
 from .describe import describe
@@ -161,11 +163,14 @@ def write_json(path: Path, value: dict) -> None:
 def written_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill that gets the name ``path`` when the block ends without an error.
 
+    What a process that was killed here has left of another one beside it is deleted after a day.
+
     Raises:
         QuantTuneError: it exists already, or cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _remove_old_parts(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -176,4 +181,20 @@ def written_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise unwritten(path, error) from error
+        if isinstance(error, QuantTuneError) and str(temporary) in str(error):
+            # The user knows the folder by its own name; the other one is gone.
+            raise QuantTuneError(str(error).replace(str(temporary), str(path))) from error
         raise
+
+
+def _remove_old_parts(path: Path) -> None:
+    """Delete what `written_folder` never finished of folders that are numbered as ``path`` is."""
+    numbered = re.fullmatch(r"(.*)_\d{5,}_", path.name)
+    if numbered is None:
+        return
+    part = re.compile(rf"{re.escape(numbered[1])}_\d{{5,}}_\.\d+\.tmp")
+    with suppress(OSError):  # one that cannot be read or deleted stays
+        for left in path.parent.iterdir():
+            if part.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                if time.time() - left.stat().st_mtime > PART_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)

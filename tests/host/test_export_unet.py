@@ -1,6 +1,7 @@
 """A MODEL of any kind as a float UNet: for the host's own loader, for diffusers, as a MODEL."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -178,6 +179,35 @@ def test_nothing_is_left_of_a_folder_that_fails(host_folders, monkeypatch):
     with pytest.raises(QuantTuneError, match="disk is full"):
         export(models.small_model(), "diffusers folder", prefix="merged")
     assert not list((host_folders / "output").rglob("*"))
+
+
+def test_a_folder_that_cannot_be_filled_is_told_by_its_own_name(host_folders):
+    from quanttune.host.export_unet import written_folder
+    from quanttune.quant import QuantTuneError
+
+    path = host_folders / "output" / "merged_00001_"
+    with pytest.raises(QuantTuneError, match=r"file \S+merged_00001_/unet/w\.safetensors is full"):
+        with written_folder(path) as folder:
+            raise QuantTuneError(f"The file {folder / 'unet' / 'w.safetensors'} is full.")
+    assert not list((host_folders / "output").iterdir())
+
+
+def test_what_a_killed_export_left_is_deleted_after_a_day(host_folders):
+    from quanttune.host.export_unet import written_folder
+
+    output = host_folders / "output"
+    names = {"merged_00001_.123.tmp": False, "merged_00007_.9.tmp": True, "merged_00001_": False,
+             "other_00001_.1.tmp": False, "merged_00001_.x.tmp": False, "merged.1.tmp": False}
+    for name, is_new in names.items():
+        (output / name / "unet").mkdir(parents=True)
+        if not is_new:
+            os.utime(output / name, (1e9, 1e9))
+    (output / "merged_00002_.5.tmp").symlink_to(output / "merged_00001_")
+    with written_folder(output / "merged_00008_"):
+        pass
+    left = {p.name for p in output.iterdir()}
+    assert left == names.keys() - {"merged_00001_.123.tmp"} | {"merged_00008_",
+                                                                "merged_00002_.5.tmp"}
 
 
 def test_what_diffusers_cannot_be_told():
