@@ -129,11 +129,7 @@ def run(
             found.rss.append(rss)
             found.anonymous.append(anonymous)
             if (number + 1) % WINDOW == 0 or number + 1 == count:
-                found.freed.append((number + 1, rss, free(server)))
-                # The host keeps every graph it has run, up to 10,000: its history is not a leak.
-                client.post("/history", {"clear": True})
-                if probed:
-                    found.in_use.append({"cycles": number + 1, **client.get(probe.ROUTE)})
+                _measure(server, probed, found)
             if (number + 1) % 50 == 0:
                 say(
                     f"{number + 1:5} cycles, {time.monotonic() - began:6.0f} s, {rss:7.0f} MiB "
@@ -141,9 +137,21 @@ def run(
                 )
     except KeyboardInterrupt:
         say(f"stopped after {len(found.rss)} cycles, which count")
+        if found.rss:
+            _measure(server, probed, found)
     found.same = picture(client, sample) == before
     found.seconds = time.monotonic() - began
     return found
+
+
+def _measure(server, probed: bool, found: Cycles) -> None:
+    """What the server holds once nothing is loaded and its history is empty."""
+    cycles = len(found.rss)
+    found.freed.append((cycles, found.rss[-1], free(server)))
+    # The host keeps every graph it has run, up to 10,000: its history is not a leak.
+    server.client.post("/history", {"clear": True})
+    if probed:
+        found.in_use.append({"cycles": cycles, **server.client.get(probe.ROUTE)})
 
 
 def _cycle(client, graph: dict, chance: random.Random, longest: float, found: Cycles) -> None:
