@@ -48,3 +48,15 @@ def device_context(device) -> contextlib.AbstractContextManager:
 def knows_stock_int8() -> bool:
     """Whether the host's own loader reads INT8 files (``int8_tensorwise``)."""
     return "int8_tensorwise" in comfy.quant_ops.QUANT_ALGOS
+
+
+def kept_output() -> dict[str, bool]:
+    """Arguments of ``io.Schema`` for a node with a ui output that is no output node.
+
+    With them the host sends the ui output again when the node's result is cached, so that a page
+    that was opened since shows it, too. Older hosts do so for output nodes alone.
+    """
+    from comfy_api.latest import io
+
+    known = inspect.signature(io.Schema).parameters
+    return {"has_intermediate_output": True} if "has_intermediate_output" in known else {}

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.bnb import KINDS
 from ..host.bnb_quantize import quantize_bnb
-from .shown import shown_model
+from .shown import KEPT, shown_model
 
 
 class BitsandbytesQuantize(io.ComfyNode):
@@ -21,6 +21,7 @@ class BitsandbytesQuantize(io.ComfyNode):
                         "Convolutions stay in float, since bitsandbytes has none; 'Quantize UNet' "
                         "quantizes them, too.",
             search_aliases=["nf4", "fp4", "llm.int8", "qlora", "bnb"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A float model."),
                 io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],

@@ -7,7 +7,7 @@ from ..host.dynamic_int8 import LAYERS, PRECISIONS
 from ..host.samples import conditioning_of
 from ..quant.int8 import RangeEstimator
 from .sampler_inputs import sampler_inputs
-from .shown import shown_model
+from .shown import KEPT, shown_model
 
 
 class CalibrateInt8(io.ComfyNode):
@@ -26,6 +26,7 @@ class CalibrateInt8(io.ComfyNode):
                         "the float model, too.",
             search_aliases=["ptq", "static int8", "gptq", "post-training quantization", "w8a8",
                             "w4a8"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A float model, which is quantized here, or a "
                                                 "quantized one, which keeps its integers. LoRAs "

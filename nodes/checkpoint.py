@@ -6,7 +6,7 @@ from ..host import folders
 from ..host.dynamic_int8 import load_ready
 from ..host.save import save_for_stock, save_model
 from ..host.unet_files import quantized_unet_state
-from .shown import shown_model
+from .shown import KEPT, shown_model
 
 
 class LoadQuantizedUNet(io.ComfyNode):
@@ -26,6 +26,7 @@ class LoadQuantizedUNet(io.ComfyNode):
                         "changes how.",
             search_aliases=["unet loader", "int4", "int8", "tuneqdm_state", "q-diffusion",
                             "import"],
+            **KEPT,
             inputs=[
                 io.Combo.Input("unet_name", options=folders.unet_files(),
                                tooltip="A file from models/quanttune, models/diffusion_models or "

@@ -6,7 +6,7 @@ from ..host.load_unet import load_unet
 from ..host.precision import PRECISIONS
 from ..host.unet_files import find_unet_source, unet_names, unet_state
 from ..quant import QuantTuneError
-from .shown import shown_model
+from .shown import KEPT, shown_model
 
 
 class LoadDiffusersUNet(io.ComfyNode):
@@ -24,6 +24,7 @@ class LoadDiffusersUNet(io.ComfyNode):
                         "safetensors or ckpt. In 8 or 4 bits it goes straight to integers, so that "
                         "the float model is never in memory.",
             search_aliases=["diffusers", "unet loader", "huggingface", "shards", "fp8"],
+            **KEPT,
             inputs=[
                 io.Combo.Input("unet", options=unet_names(),
                                tooltip="A folder in models/diffusers (its name ends in /), or a "

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.dynamic_int8 import GRANULARITIES, LAYERS, PRECISIONS, RANGES, dynamic_int8
-from .shown import shown_model
+from .shown import KEPT, shown_model
 from .types import BIT_PLAN
 
 
@@ -21,6 +21,7 @@ class DynamicInt8(io.ComfyNode):
                         "4-bit base): faster on processors, at half the memory of fp16. LoRA and "
                         "TuneQDM scales go before or after.",
             search_aliases=["int8", "w8a8", "w4a8", "fast cpu", "quantized inference"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A float model, or one from 'Quantize UNet' or "
                                                 "'Load Quantized UNet'."),

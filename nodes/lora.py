@@ -8,7 +8,7 @@ from ..host.lora_export import FORMATS, KOHYA, save_in_format
 from ..host.lora_file import DTYPES, read_lora
 from ..host.merge_lora import merge_lora, notes
 from ..quant import SUPPORTED_BITS, QuantTuneError
-from .shown import shown_model
+from .shown import KEPT, shown_model
 from .types import LORA_MODEL
 
 CONNECTED = "(connected LoRA)"
@@ -29,6 +29,7 @@ class LoadLora(io.ComfyNode):
                         "again. Reads files of ComfyUI, kohya's tools, diffusers and peft. Chain "
                         "several.",
             search_aliases=["lora", "lora loader", "apply lora", "dora", "peft"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="Any model: float, quantized, or one that "
                                                 "multiplies integers."),
@@ -138,6 +139,7 @@ class MergeLora(io.ComfyNode):
                         "integers again, for those who want one file. The report says what that "
                         "costs; LoRAs that stay files of their own cost nothing.",
             search_aliases=["bake lora", "fuse lora"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A quantized model with one or more LoRAs on it, "
                                                 "from any 'Load LoRA'."),

@@ -7,6 +7,7 @@ from ..host.lora_train import BASES, train_lora
 from ..training.lora_config import TARGETS, LoraTraining
 from ..training.settings import OPTIMIZERS, SCHEDULERS
 from . import training_inputs as shared
+from .shown import KEPT
 from .training_inputs import ANEW, CONTINUE
 from .types import LORA_MODEL
 
@@ -24,6 +25,7 @@ class LoraTrain(io.ComfyNode):
                         "result fits every LoRA loader. Stop keeps what was learnt; queue again "
                         "to go on.",
             search_aliases=["lora training", "dreambooth", "fine-tune", "qlora", "dora", "peft"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A float model from any loader, or a quantized one "
                                                 "from 'Quantize UNet' or 'Load Quantized UNet', "

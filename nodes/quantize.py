@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..host.quantize import quantize_model
 from ..quant import QUANTIZE_PRESETS, QuantSpec, QuantTuneError
-from .shown import shown_model
+from .shown import KEPT, shown_model
 from .types import BIT_PLAN
 
 PATTERN = "pattern"
@@ -23,6 +23,7 @@ class QuantizeUNet(io.ComfyNode):
                         "3, 4 or 8 bits, once (TuneQDM, eq. 1-2). Everything downstream works as "
                         "before: samplers, LoRA, ControlNet.",
             search_aliases=["int8", "int4", "4-bit", "8-bit", "compress"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A float model: SD1.x, SD2.x, SDXL or another "
                                                 "diffusion model."),

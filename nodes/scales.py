@@ -7,6 +7,7 @@ from ..host.routing import apply_scale_set
 from ..host.save import save_scales
 from ..host.tuneqdm import read_scales
 from ..quant import QuantTuneError
+from .shown import KEPT
 
 Scales = io.Custom("QUANTTUNE_SCALES")
 CONNECTED = "(connected scales)"
@@ -30,6 +31,7 @@ class ApplyScales(io.ComfyNode):
                         "The model may be quantized, float, fp8, GGUF or of bitsandbytes. "
                         "Chain several to blend subjects.",
             search_aliases=["tuneqdm", "subject", "dreambooth", "experts"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="The model the scales were trained on, or the same "
                                                 "one in any other precision."),

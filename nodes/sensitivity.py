@@ -11,6 +11,7 @@ from ..metrics.sensitivity import PRECISIONS
 from ..metrics.sensitivity_charts import group_chart, heat_map, plan_chart
 from ..quant.plan import PRESETS
 from .sampler_inputs import prompt_inputs, sampler_inputs
+from .shown import KEPT
 from .types import BIT_PLAN, LAYER_TIMES, SENSITIVITY
 
 
@@ -119,6 +120,7 @@ class BitPlanNode(io.ComfyNode):
                         "of machine. 'Quantize UNet' takes a plan of a size, 'Dynamic INT8' one of "
                         "a time.",
             search_aliases=["mixed precision", "knapsack", "bit allocation", "latency budget"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="The float model the plan is for."),
                 io.Combo.Input("plan", options=[SEARCHED, *PRESETS], default=SEARCHED,

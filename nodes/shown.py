@@ -3,7 +3,10 @@
 from comfy_api.latest import ui
 
 from ..host.badge import badge_of
+from ..host.compat import kept_output
 
+KEPT = kept_output()
+"""Arguments of the schema of a node that is no output node, but shows something."""
 BADGE = "quanttune_badge"
 """Key in a node's ui output of the text of its badge."""
 

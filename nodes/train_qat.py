@@ -9,7 +9,7 @@ from ..host.run import run_state
 from ..host.samples import conditioning_of
 from ..training.qat import WEIGHTINGS, QatTraining
 from .sampler_inputs import prompt_inputs, sampler_inputs
-from .shown import shown_model
+from .shown import KEPT, shown_model
 from .training_inputs import ANEW, CONTINUE, LOSSES
 
 
@@ -27,6 +27,7 @@ class TrainQat(io.ComfyNode):
                         "trains. It needs prompts and no pictures, and gives true integers. Stop "
                         "keeps what was learnt; queue again to go on.",
             search_aliases=["quantization-aware training", "distillation", "lsq"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="From 'Calibrate INT8'."),
                 io.Model.Input("reference", tooltip="The float model it was made from, which it "

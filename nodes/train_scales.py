@@ -8,6 +8,7 @@ from ..training.config import PRESETS
 from ..training.settings import OPTIMIZERS, SCHEDULERS
 from . import training_inputs as shared
 from .scales import Scales
+from .shown import KEPT
 from .training_inputs import ANEW, CONTINUE
 
 OF_PRESET = "(preset)"
@@ -27,6 +28,7 @@ class TrainScales(io.ComfyNode):
                         "takes a few MB and little memory (TuneQDM, Alg. 1). The model itself "
                         "stays as it is. Stop keeps what was learnt; queue again to go on.",
             search_aliases=["dreambooth", "fine-tune", "personalise", "peqa", "lora training"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="A model from 'Quantize UNet' or 'Load Quantized "
                                                 "UNet'."),

@@ -15,6 +15,7 @@ from ..host.images import (
     report,
 )
 from ..host.pictures import SamplingSettings
+from .shown import KEPT
 
 Images = io.Custom("QUANTTUNE_IMAGES")
 FOLDER = "(folder below)"
@@ -46,6 +47,7 @@ class TrainingImagesNode(io.ComfyNode):
             description="Pictures of a subject, or of a style, with their captions, for 'Train "
                         "Scales (TuneQDM)'. Chain several for several subjects.",
             search_aliases=["dataset", "load images", "dreambooth"],
+            **KEPT,
             inputs=[
                 io.Combo.Input("folder", options=[*image_folders(), FOLDER],
                                tooltip="A subject that ships with the starter model, a folder of "
@@ -124,6 +126,7 @@ class ClassImagesNode(io.ComfyNode):
                         "preservation: trained beside the subject, they keep 'a dog' from "
                         "becoming your dog. Made once and kept on disk.",
             search_aliases=["prior preservation", "regularisation images", "dreambooth"],
+            **KEPT,
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be trained, before training."),
                 io.Clip.Input("clip", tooltip="Reads the class prompt."),

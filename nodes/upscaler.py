@@ -6,7 +6,7 @@ from ..host.load_upscaler import load_upscaler
 from ..host.precision import PRECISIONS
 from ..host.upscaler_files import SHIPPED, find_upscaler, upscaler_names, upscaler_state
 from ..quant import QuantTuneError
-from .shown import shown_model
+from .shown import KEPT, shown_model
 
 
 class LoadUpscaler(io.ComfyNode):
@@ -22,6 +22,7 @@ class LoadUpscaler(io.ComfyNode):
                         "diffusers folder, from a single file, or the small one that ships with "
                         "the pack. Nothing is downloaded.",
             search_aliases=["x4 upscaler", "stable-diffusion-x4-upscaler", "diffusers", "upscale"],
+            **KEPT,
             inputs=[
                 io.Combo.Input("upscaler", options=upscaler_names(), default=SHIPPED,
                                tooltip="The shipped one, a folder of "

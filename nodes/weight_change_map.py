@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 from ..host.images import as_image
 from ..host.weight_change import compare_models
 from ..metrics.weight_change import change_boxes, change_map, change_table
+from .shown import KEPT
 
 
 class WeightChangeMap(io.ComfyNode):
@@ -22,6 +23,7 @@ class WeightChangeMap(io.ComfyNode):
                         "Scales of outputs alone make stripes across, those of inputs stripes "
                         "down, a full fine-tune makes neither.",
             search_aliases=["heatmap", "compare models", "figure 2"],
+            **KEPT,
             inputs=[
                 io.Model.Input("base", tooltip="The model before."),
                 io.Model.Input("tuned", tooltip="The same model after: with scales, a LoRA, "

@@ -64,3 +64,20 @@ def test_a_host_that_cannot_read_the_file_it_writes_says_so(known, host_folders,
         quantized, _ = models.quantize(models.small_model(), 8)
         told = save_for_stock(quantized, "m")[1]
     assert ("too old to load" in told) != known
+
+
+def test_only_hosts_that_know_intermediate_outputs_are_told_of_them(monkeypatch):
+    from comfy_api.latest import io
+
+    class Old:
+        def __init__(self, node_id, is_output_node=False):
+            pass
+
+    class New:
+        def __init__(self, node_id, has_intermediate_output=False):
+            pass
+
+    monkeypatch.setattr(io, "Schema", New)
+    assert compat.kept_output() == {"has_intermediate_output": True}
+    monkeypatch.setattr(io, "Schema", Old)
+    assert compat.kept_output() == {}

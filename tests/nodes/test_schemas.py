@@ -1,5 +1,6 @@
 """The nodes' public face: ids, inputs and outputs never change once shared workflows use them."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -63,3 +64,18 @@ def test_every_node_input_and_output_explains_itself(nodes):
 
 def test_no_help_page_without_a_node(nodes):
     assert {p.stem for p in (ROOT / "web" / "docs").glob("*.md")} == set(nodes)
+
+
+SILENT = {"QuantTuneAugmentImages", "QuantTuneLoadScales", "QuantTuneLoadStarterModel",
+          "QuantTuneUpscale4x"}
+"""Nodes that say and show nothing of their own."""
+
+
+def test_what_a_node_shows_is_sent_again_where_its_result_is_cached(nodes):
+    from comfy_api.latest import io
+
+    if "has_intermediate_output" not in inspect.signature(io.Schema).parameters:
+        pytest.skip("this host sends again what output nodes show, and nothing else")
+    schemas = {node_id: node.GET_SCHEMA() for node_id, node in nodes.items()}
+    told = {i for i, s in schemas.items() if s.is_output_node or s.has_intermediate_output}
+    assert schemas.keys() - told == SILENT
