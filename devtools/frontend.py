@@ -76,14 +76,23 @@ class Frontend:
     """
 
     def __init__(self, page: Any, url: str):
-        from playwright.sync_api import TimeoutError
-
         self.page = page
         self.errors: list[str] = []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self._note(str(error)))
         page.request.post(f"{url}/settings", data=_SETTINGS)
         page.goto(url, wait_until="domcontentloaded")
+        self._wait()
+
+    def reload(self) -> None:
+        """Load the page again, as the browser's button does."""
+        self.page.reload(wait_until="domcontentloaded")
+        self._wait()
+
+    def _wait(self) -> None:
+        from playwright.sync_api import TimeoutError
+
+        page = self.page
         page.wait_for_function(_STARTED)
         try:
             page.wait_for_function(_READY, timeout=PATIENCE / 2)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.server, pytest.mark.browser]
 
 FOLDER = Path(__file__).parent
 STEPS, SAMPLED, EXPERTS = 12, 5, 4
-PROMPT: list[str] = []
+PROMPT: list[str] = ["prompt"]
 """Ids of prompts that messages pretend to be of, the last one that of the present test."""
 BROKEN = "<img src=x onerror='window.broken = 1'>"
 TOLERANCE = {"chart": 0.008, "timeline": 0.02, "badge": 0.04}
@@ -73,7 +73,8 @@ def opened(browser_context, comfy_server):
 
 @pytest.fixture
 def page(opened):
-    """The page, as a prompt of its own sees it."""
+    """The page, with nothing open of former tests, as a prompt of its own sees it."""
+    opened.load({"version": 0.4, "nodes": [], "links": [], "groups": []})
     opened.errors.clear()
     opened.page.evaluate("() => window.app.clean()")  # no pictures of the runs of other tests
     PROMPT.append(f"prompt {len(PROMPT)}")
@@ -82,7 +83,47 @@ def page(opened):
 
 def load(page, nodes):
     """Open a graph with all of it in view: what is out of sight is not drawn."""
-    page.load_api(nodes)
+    open_graph(page, nodes)
+    pretend(page, PROMPT[-1])
+    fit(page)
+
+
+def open_graph(page, nodes, name="drawn"):
+    """Open a graph in a tab of its own; the frontend does not wait until it has become that."""
+    name = f"{PROMPT[-1]} {name}"
+    page.load_api(nodes, f"{name}.json")
+    page.page.wait_for_function(
+        "(name) => window.app.extensionManager.workflow.activeWorkflow.path.includes(name)",
+        arg=name, timeout=60_000)
+
+
+def pretend(page, prompt):
+    """Queue what is open, so that the page believes in a prompt of that id; nothing runs."""
+    def answer(route):
+        if route.request.method != "POST":
+            return route.fallback()
+        return route.fulfill(json={"prompt_id": prompt, "number": 1, "node_errors": {}})
+
+    page.page.route("**/prompt", answer)
+    try:
+        assert page.queue() == prompt
+    finally:
+        page.page.unroute("**/prompt", answer)
+
+
+def tab(page):
+    """Name of the workflow on screen."""
+    return page.page.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.path")
+
+
+def go_to(page, name):
+    """Choose another tab."""
+    page.page.evaluate("""async (name) => {
+        const { workflow } = window.app.extensionManager;
+        const chosen = workflow.openWorkflows.find((one) => one.path === name);
+        await chosen.load();
+        await window.app.loadGraphData(chosen.activeState, true, true, chosen);
+    }""", name)
     fit(page)
 
 
@@ -158,9 +199,9 @@ def wait_for_points(page, number):
 
 def test_a_run_draws_losses_experts_steps_and_sizes(page, comfy_server):
     comfy_server.forget_results()
-    load(page, graph())
-    reopen = "async () => { await window.app.loadGraphData(window.app.rootGraph.serialize()) }"
-    page.page.evaluate(reopen)  # which gives it an id
+    open_graph(page, graph())
+    fit(page)
+    name = tab(page)
     listen(page)
     history = comfy_server.client.wait(page.queue(), timeout=540)
     assert history["status"]["status_str"] == "success", history["status"]["messages"][-1]
@@ -211,8 +252,10 @@ def test_a_run_draws_losses_experts_steps_and_sizes(page, comfy_server):
         prompt["output"]["5"])
     saved = next(n for n in prompt["workflow"]["nodes"] if n["id"] == 6)
     assert saved["widgets_values"] == ["(connected scales)", 1]
-    page.page.evaluate(reopen)
+    open_graph(page, alone("5", "6"), "another")
     fit(page)
+    assert count(page, ".quanttune-line") == 0
+    go_to(page, name)
     wait_for_count(page, ".quanttune-line", EXPERTS)
     assert page.errors == []
 
@@ -361,7 +404,8 @@ def test_the_drawings_look_as_they_did(theme, page):
     page.page.evaluate(
         "(t) => window.app.extensionManager.setting.set('Comfy.ColorPalette', t)", theme)
     try:
-        page.load_api(alone("1", "5", "6"))
+        open_graph(page, alone("1", "5", "6"))
+        pretend(page, PROMPT[-1])
         # The chart is what matters: without the inputs above it.
         page.page.evaluate("""() => {
             const { app } = window;

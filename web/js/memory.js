@@ -1,7 +1,9 @@
-/** What the server told of nodes, kept by graph, so that it outlives the nodes of a closed tab. */
+/** What the server told of nodes, kept by workflow, so that it outlives the nodes of a closed tab. */
 
-const MOST = 200;
+const MOST_GRAPHS = 50;
+const MOST_NODES = 200;
 const MOST_EXPERTS = 1000;
+const MOST_LETTERS = 20_000;
 
 function whole(value, low, high, otherwise) {
   return Number.isInteger(value) && value >= low && value <= high ? value : otherwise;
@@ -30,90 +32,127 @@ export function cleanExperts(told) {
   return experts ? { experts, timesteps: whole(told.timesteps, 1, Infinity, 1000) } : {};
 }
 
+/** What can be drawn of the output of a node that is done. */
+function factsOf(output) {
+  const { quanttune_losses: [losses] = [], quanttune_experts: [experts] = [],
+    quanttune_badge: [badge] = [], text } = output ?? {};
+  const facts = cleanExperts(experts);
+  const all = cleanLosses(losses);
+  if (all) facts.losses = all;
+  if (badge) facts.badge = String(badge).slice(0, 60);
+  if (text?.length) {
+    facts.text = (Array.isArray(text) ? text.join("\n\n") : String(text)).slice(0, MOST_LETTERS);
+  }
+  return facts;
+}
+
+function newest(map, most) {
+  if (map.size > most) map.delete(map.keys().next().value);
+}
+
+/** Workflows are told apart by any text ("places.js" has them), null for those nobody knows. */
 export class Memory {
   constructor() {
-    this.known = new Map();
-    this.places = new Map();
-  }
-
-  /** A prompt began, most likely of the graph on screen. */
-  placed(prompt, graph) {
-    if (!prompt || this.places.has(prompt)) return;
-    this.places.set(prompt, graph);
-    if (this.places.size > MOST) this.places.delete(this.places.keys().next().value);
+    this.graphs = new Map();
+    this.wrong = new Set();
   }
 
   /** All that is known of a node, or undefined. */
   of(graph, id) {
-    return this.known.get(`${graph}|${id}`);
+    return this.graphs.get(graph)?.get(String(id));
   }
 
   /** Ids of a graph's nodes of which something is known. */
   ids(graph) {
-    const start = `${graph}|`;
-    const keys = [...this.known.keys()].filter((key) => key.startsWith(start));
-    return keys.map((key) => key.slice(start.length));
+    return [...(this.graphs.get(graph)?.keys() ?? [])];
   }
 
-  /** Nothing is known of a graph any more. */
-  forget(graph) {
-    for (const id of this.ids(graph)) this.known.delete(`${graph}|${id}`);
+  /** Add to what is known of a node of a prompt. */
+  add(graph, id, facts, prompt) {
+    const nodes = this.graphs.get(graph) ?? new Map();
+    this.graphs.delete(graph);
+    this.graphs.set(graph, nodes);
+    newest(this.graphs, MOST_GRAPHS);
+    const key = String(id);
+    const before = nodes.get(key);
+    // A tab's name may come again, for another graph that has no id either.
+    const same = !graph?.includes("|") || before?.prompt === prompt;
+    nodes.delete(key);
+    nodes.set(key, { ...(same && before), ...facts, prompt });
+    newest(nodes, MOST_NODES);
   }
 
-  /** Add to what is known of a node of a prompt; returns whether its graph is the one on screen. */
-  add(prompt, id, facts, screen) {
-    this.placed(prompt, screen);
-    const graph = this.places.get(prompt) ?? screen;
-    const key = `${graph}|${id}`;
-    const before = this.known.get(key);
-    // Two graphs that have no id yet are not to be taken for one.
-    const same = graph || before?.prompt === prompt;
-    this.known.delete(key);
-    this.known.set(key, { ...(same && before), ...facts, prompt });
-    if (this.known.size > MOST) this.known.delete(this.known.keys().next().value);
-    return graph === screen;
-  }
-
-  /** A message of a training: all points, or those since the last message. */
-  losses(message, screen) {
+  /** A message of a training: all points, or those since the last message; whether it tells. */
+  losses(message, graph) {
     const told = cleanLosses(message);
     if (!told) return false;
-    const graph = this.places.get(told.prompt) ?? screen;
     const before = this.of(graph, told.node)?.losses;
-    if (told.whole) return this.add(told.prompt, told.node, { losses: told }, screen);
-    // Without a beginning, the next whole message has to be waited for.
-    if (before?.run !== told.run || before.points.length !== told.points.length) return false;
-    const points = before.points.map((own, e) => [...own, ...told.points[e]]);
-    return this.add(told.prompt, told.node, { losses: { ...told, points } }, screen);
+    if (!told.whole) {
+      // Without a beginning, the next whole message has to be waited for.
+      if (before?.run !== told.run || before.points.length !== told.points.length) return false;
+      told.points = before.points.map((own, e) => [...own, ...told.points[e]]);
+    }
+    this.add(graph, told.node, { losses: told }, told.prompt);
+    return true;
   }
 
   /** A message of a sampling; returns the ids of the nodes that have changed. */
-  experts(told, screen) {
+  experts(told, graph) {
     if (!Array.isArray(told?.nodes) || !share(told.at)) return [];
     const facts = { at: told.at, sampler: String(told.sampler ?? "") };
     if (Array.isArray(told.steps)) facts.steps = told.steps.filter(share);
-    return told.nodes.filter((id) => this.add(told.prompt, id, facts, screen));
+    for (const id of told.nodes) this.add(graph, id, facts, told.prompt);
+    return told.nodes;
   }
 
   /** The output of a node that is done; returns whether there is something to draw. */
-  executed(id, told, screen) {
-    const { quanttune_losses: [losses] = [], quanttune_experts: [experts] = [],
-      quanttune_badge: [badge] = [] } = told?.output ?? {};
-    const facts = cleanExperts(experts);
-    const all = cleanLosses(losses);
-    if (all) facts.losses = all;
-    if (badge) facts.badge = String(badge).slice(0, 60);
+  executed(id, told, graph) {
+    const facts = factsOf(told?.output);
     if (!Object.keys(facts).length) return false;
-    return this.add(told.prompt_id, id, facts, screen);
+    this.add(graph, id, facts, told.prompt_id);
+    return true;
   }
 
-  /** Timelines show no present step any more, unless their sampler is `except`; their ids. */
-  sampled(graph, except) {
-    return this.ids(graph).filter((id) => {
-      const known = this.of(graph, id);
-      if (known.at == null || (except != null && String(except) === known.sampler)) return false;
-      known.at = null;
-      return true;
-    });
+  /** The frontend took the output of another workflow's node for that of this node. */
+  mistaken(graph, id) {
+    this.wrong.add(`${graph}:${id}`);
+  }
+
+  /** An output that the frontend had kept. */
+  found(id, output, graph) {
+    if (this.of(graph, id) || this.wrong.has(`${graph}:${id}`)) return;
+    this.executed(id, { output }, graph);
+  }
+
+  /** No timeline shows a present step any more, unless its sampler is `except`; where they are. */
+  sampled(except) {
+    const changed = [];
+    for (const [graph, nodes] of this.graphs) {
+      for (const [id, known] of nodes) {
+        if (known.at == null || (except != null && String(except) === known.sampler)) continue;
+        known.at = null;
+        changed.push([graph, id]);
+      }
+    }
+    return changed;
+  }
+
+  /** What `restore` takes, the newest of it, in about so many letters. */
+  kept(letters) {
+    const list = [];
+    for (const graph of [...this.graphs.keys()].reverse()) {
+      for (const id of this.ids(graph).reverse()) {
+        const entry = [graph, id, { ...this.of(graph, id), at: null }];
+        letters -= JSON.stringify(entry).length;
+        if (letters < 0) return list.reverse();
+        list.push(entry);
+      }
+    }
+    return list.reverse();
+  }
+
+  /** Take what `kept` gave before the page was loaded again. */
+  restore(list) {
+    for (const [graph, id, { prompt, ...facts }] of list ?? []) this.add(graph, id, facts, prompt);
   }
 }

@@ -1,35 +1,36 @@
-/** What QuantTune draws on its nodes: live losses, expert timelines, badges. */
+/** What QuantTune draws on its nodes: live losses, expert timelines, badges, reports. */
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { showBadge } from "./badge.js";
 import { LossChart } from "./chart.js";
 import { Memory, cleanExperts } from "./memory.js";
+import {
+  catchUp, ended, follow, kept, placeOf, restore, rootGraph, screen, tab, wasAway,
+} from "./places.js";
+import { showReport } from "./report_text.js";
 import { ExpertTimeline } from "./timeline.js";
 
 const CHARTS = { QuantTuneTrainScales: true, QuantTuneLoraTrain: false, QuantTuneTrainQat: false };
+const PREFIX = "QuantTune";
 const TIMELINE = "QuantTuneApplyScales";
 const CONNECTED = "(connected scales)";
 // Around an element, in the host's layout of widgets.
 const MARGIN = 10;
 
+// In the page's own storage, of which the frontend's unsaved workflows need most.
+const KEPT = "quanttune.drawn";
+const LETTERS = 300_000;
+
 const memory = new Memory();
 const panels = new WeakMap();
-
-function graph() {
-  return app.rootGraph ?? app.graph;
-}
-
-/** Which graph is on screen; "" for one that has no id yet. */
-function graphId() {
-  const id = graph()?.id ?? "";
-  return /^[0-]*$/.test(id) ? "" : id;
-}
+/** Tabs of the workflows that were open before the page was loaded again. */
+const reloaded = new Map();
 
 /** The node of an id of the server: "5", or "5:3" for node 3 within the subgraph node 5. */
 function nodeOf(id) {
   const parts = String(id).split(":");
-  let where = graph();
+  let where = rootGraph();
   for (const part of parts.slice(0, -1)) where = where?.getNodeById?.(part)?.subgraph;
   return where?.getNodeById?.(parts[parts.length - 1]);
 }
@@ -49,15 +50,20 @@ function addPanel(node, name, panel) {
   panels.set(node, panel);
 }
 
-/** Draw what is known of a node. */
-function draw(id) {
+/** Draw what is known of nodes of the workflow on screen; nothing of one that is `where` else. */
+function draw(ids = memory.ids(screen()), where = screen()) {
+  if (where === screen()) for (const id of ids) drawNode(id);
+}
+
+function drawNode(id) {
   const node = nodeOf(id);
-  const known = memory.of(graphId(), id);
-  if (!node || !known) return;
+  const known = memory.of(screen(), id);
+  if (!known || !node?.type?.startsWith?.(PREFIX)) return;
   const panel = panels.get(node);
   if (panel instanceof LossChart && known.losses) panel.show(known.losses);
   if (panel instanceof ExpertTimeline) panel.show({ ...fileOf.get(node), ...known });
   if (known.badge) showBadge(node, known.badge);
+  if (known.text) showReport(node, known.text);
 }
 
 const fileOf = new WeakMap();
@@ -93,28 +99,88 @@ function listen(event, act) {
 
 /** The sampler that timelines follow is done. */
 function sampled(except) {
-  for (const id of memory.sampled(graphId(), except)) draw(id);
+  for (const [where, id] of memory.sampled(except)) draw([id], where);
+}
+
+/** Draw what came of prompts while the page did not listen. */
+async function drawMissed() {
+  for (const [prompt_id, outputs] of await catchUp()) {
+    const where = placeOf(prompt_id);
+    for (const [id, output] of Object.entries(outputs)) {
+      if (memory.executed(id, { output, prompt_id }, where)) draw([id], where);
+    }
+  }
+}
+
+/** Keep what is drawn for when the page is loaded again. */
+function keep() {
+  const { prompts, tabs } = kept();
+  const nodes = memory.kept(LETTERS);
+  sessionStorage.setItem(KEPT, JSON.stringify({ prompts, tabs, nodes }));
+}
+
+function takeUp() {
+  const told = JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
+  if (!told) return;
+  restore(told);
+  memory.restore(told.nodes);
+  for (const [id, path] of told.tabs) reloaded.set(id, path);
+}
+
+/** Draw a workflow that was there before the page was loaded, once its tab is the one on screen. */
+function drawReloaded(turns = 100) {
+  const id = String(rootGraph()?.id ?? "");
+  if (!reloaded.has(id)) return;
+  if (reloaded.get(id) === tab()) {
+    reloaded.delete(id);
+    draw();
+  } else if (turns) {
+    setTimeout(() => safely(() => drawReloaded(turns - 1)), 100);
+  }
 }
 
 app.registerExtension({
   name: "QuantTune",
 
+  init() {
+    safely(takeUp);
+    safely(follow);
+    window.addEventListener("pagehide", () => safely(keep));
+  },
+
   setup() {
-    listen("execution_start", (told) => memory.placed(told?.prompt_id, graphId()));
     listen("quanttune.losses", (told) => {
-      if (memory.losses(told, graphId())) draw(told.node);
+      const where = placeOf(told?.prompt);
+      if (memory.losses(told, where)) draw([told.node], where);
     });
     listen("quanttune.experts", (told) => {
-      for (const id of memory.experts(told, graphId())) draw(id);
+      const where = placeOf(told?.prompt);
+      draw(memory.experts(told, where), where);
     });
     listen("executed", (told) => {
       const id = told?.display_node ?? told?.node;
-      if (memory.executed(id, told, graphId())) draw(id);
+      const where = placeOf(told?.prompt_id);
+      // The frontend gives it to the graph on screen, whichever that is.
+      if (where !== screen()) memory.mistaken(screen(), id);
+      if (memory.executed(id, told, where)) draw([id], where);
     });
-    listen("executing", (node) => sampled(typeof node === "object" ? node?.node : node));
+    listen("executing", (told) => {
+      const node = typeof told === "object" ? told?.node : told;
+      sampled(node);
+      // Only now has the server written down what came of a prompt.
+      return node == null ? drawMissed() : null;
+    });
     for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
-      listen(end, () => sampled(null));
+      listen(end, (told) => {
+        ended(told?.prompt_id);
+        sampled(null);
+      });
     }
+    listen("reconnected", () => {
+      wasAway();
+      return drawMissed();
+    });
+    safely(drawMissed);
   },
 
   nodeCreated(node) {
@@ -137,10 +203,15 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    // Another tab's graph, or this one opened again: its nodes are new, what they showed is known.
+    // The graph is there before its tab is.
+    safely(drawReloaded);
+  },
+
+  onNodeOutputsUpdated(outputs) {
+    // Back at another tab, after an undo, or from the list of jobs: its nodes are new.
     safely(() => {
-      if (!graphId()) memory.forget("");
-      for (const id of memory.ids(graphId())) draw(id);
+      for (const [id, output] of Object.entries(outputs ?? {})) memory.found(id, output, screen());
+      draw();
     });
   },
 

@@ -5,9 +5,7 @@
  * what fits. The frontend draws such pictures, but such texts only on its own *Preview Any*. Here the
  * text becomes a read-only field under the node's widgets, once there is one.
  */
-import { app } from "../../../scripts/app.js";
 
-const PREFIX = "QuantTune";
 const WIDGET = "quanttune_report";
 const MIN_HEIGHT = 64;
 
@@ -32,43 +30,13 @@ function field(node) {
   return widget;
 }
 
-/** Put the text of `output`, what the server said of a finished node, into `node`. */
-function show(node, output) {
-  const text = output?.text;
-  if (!text?.length) return;
-  field(node).value = Array.isArray(text) ? text.join("\n\n") : String(text);
+/** Put `text` into `node`, in place of what it said before. */
+export function showReport(node, text) {
+  if (typeof node.addDOMWidget !== "function") return;
+  const widget = field(node);
+  if (widget.value === text) return;
+  widget.value = text;
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   node.setDirtyCanvas?.(true, true);
 }
-
-/** Every node of the graph and of its subgraphs, by the name the server uses. */
-function nodeOf(id) {
-  return String(id)
-    .split(":")
-    .reduce(
-      (at, part) => (at?.subgraph ?? at)?.getNodeById?.(Number(part)) ?? null,
-      app.rootGraph ?? app.graph,
-    );
-}
-
-app.registerExtension({
-  name: "QuantTune.ReportText",
-
-  beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.name.startsWith(PREFIX)) return;
-    const onExecuted = nodeType.prototype.onExecuted;
-    nodeType.prototype.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      show(this, output);
-    };
-  },
-
-  // Going back to a tab restores the outputs without running the nodes again.
-  onNodeOutputsUpdated(outputs) {
-    for (const [id, output] of Object.entries(outputs ?? {})) {
-      const node = nodeOf(id);
-      if (node?.type?.startsWith(PREFIX)) show(node, output);
-    }
-  },
-});
