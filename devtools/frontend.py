@@ -108,9 +108,15 @@ class Frontend:
         if not any(part in text for part in _NOT_OURS):
             self.errors.append(text)
 
-    def load(self, workflow: dict[str, Any]) -> None:
-        """Open a workflow (UI format) as if the user had dropped its file on the page."""
-        self.page.evaluate("async (w) => { await window.app.loadGraphData(w) }", workflow)
+    def load(self, workflow: dict[str, Any], name: str | None = None) -> None:
+        """Open a workflow (UI format) as if the user had dropped its file on the page.
+
+        With a `name` its tab has that, as that of a template has the template's.
+        """
+        self.page.evaluate(
+            "async ([w, n]) => { await window.app.loadGraphData(w, true, true, n) }",
+            [workflow, name],
+        )
 
     def load_api(self, graph: dict[str, Any], name: str = "graph.json") -> None:
         """Open a graph in API format; the frontend lays it out."""

@@ -96,7 +96,7 @@ def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_p
 
 def test_run_fills_the_template_with_pictures_and_reports(frontend_page, comfy_server):
     comfy_server.forget_results()
-    frontend_page.load(read(FILES[0]))
+    frontend_page.load(read(FILES[0]), FIRST)
     frontend_page.page.evaluate(
         "() => window.app.rootGraph.nodes.filter(n => n.type === 'EmptyLatentImage')"
         ".forEach(n => { n.widgets.find(w => w.name === 'batch_size').value = 4 })"

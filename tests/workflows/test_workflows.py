@@ -49,7 +49,7 @@ def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_serve
         comfy_server.client.post("/free", {"free_memory": True})
     if any(node["type"] == "QuantTuneTrainQat" for node in read(path)["nodes"]):
         request.getfixturevalue("integer_products")
-    frontend_page.load(read(path))
+    frontend_page.load(read(path), path.stem)
     unknown = frontend_page.unknown_types()
     assert not unknown, f"node types the frontend does not know: {unknown}"
     graph = frontend_page.graph_to_prompt()["output"]
