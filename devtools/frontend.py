@@ -72,7 +72,8 @@ class Frontend:
 
     Attributes:
         page: Playwright's page.
-        errors: what the page wrote to its console as an error, and its uncaught exceptions.
+        errors: what the page wrote to its console as an error, its uncaught exceptions, and what
+            the pack's scripts complain of (they catch their errors, so that the page goes on).
     """
 
     def __init__(self, page: Any, url: str):
@@ -101,7 +102,7 @@ class Frontend:
             page.wait_for_function(_READY)
 
     def _on_console(self, message: Any) -> None:
-        if message.type == "error":
+        if message.type == "error" or message.text.startswith("QuantTune"):
             self._note(message.text)
 
     def _note(self, text: str) -> None:

@@ -30,10 +30,14 @@ def browser_context() -> Iterator[Any]:
 
 @pytest.fixture
 def frontend_page(browser_context, comfy_server) -> Iterator[Frontend]:
-    """A new tab with the frontend ready: `load`, `unknown_types`, `graph_to_prompt`, `queue`, …"""
+    """A new tab with the frontend ready: `load`, `unknown_types`, `graph_to_prompt`, `queue`, …
+
+    The test fails if an error is left in `errors` at its end.
+    """
     comfy_server.forget_jobs()
     page = open_page(browser_context, comfy_server.client.url)
     try:
         yield page
     finally:
         page.page.close()
+    assert page.errors == [], "the page has errors in its console"

@@ -75,6 +75,7 @@ def page_in(browser_context, comfy_server):
     for page in pages:
         page.page.close()
     browser_context.request.post(f"{url}/settings", data={"Comfy.Locale": "en"})
+    assert [error for page in pages for error in page.errors] == []
 
 
 def point_at(page, name, tooltip):
