@@ -6,9 +6,12 @@ as `quanttune.tests.…`.
 """
 
 import os
+import random
 import sys
+from operator import attrgetter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +67,15 @@ def pytest_collection_modifyitems(items):
         return next((i for i, first in enumerate(FIRST) if path.startswith(first)), len(FIRST))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test and its fixtures draw the same numbers, whatever ran before in their process."""
+    random.seed(0)
+    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            attrgetter(seed)(sys.modules[name])(0)
 
 
 def pytest_configure():
