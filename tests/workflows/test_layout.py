@@ -26,6 +26,7 @@ AREAS = {
 NOTE_COLOUR = "#653"
 TITLE = 30  # height of the bar above a node's box
 AREA_TITLE = 34  # of the bar within an area
+NARROWEST = 225  # of a node in the frontend's "Nodes 2.0", which draws narrower ones as wide
 PARTS = ("**What it does:**", "**What to change for your own:**", "**What it costs:**")
 DURATION = r"\d+ (seconds|minutes)|[Ss]ome seconds|[Aa]bout a minute"
 # A line of the note's text is 68 letters in its 380 pixels, and 13 pixels high.
@@ -73,6 +74,8 @@ def problems(workflow):
             found.append(f"area {group.get('title')!r} has the colour {group.get('color')}")
     for node in nodes:
         name = f"{node.get('title') or node['type']} ({node['id']})"
+        if node["size"][0] < NARROWEST:
+            found.append(f"{name} is narrower than {NARROWEST} pixels")
         at = [group for group in groups if overlap(box(node), area_box(group))]
         if len(at) != 1:
             found.append(f"{name} touches {len(at)} areas")
@@ -182,6 +185,10 @@ def note_without_time(workflow):
     note[0] = note[0].split(PARTS[2])[0] + PARTS[2] + " quite a lot of everything" * 4
 
 
+def narrow(workflow):
+    workflow["nodes"][1]["size"][0] = 160
+
+
 def small_note(workflow):
     workflow["nodes"][0]["size"][1] = 100
 
@@ -200,6 +207,7 @@ def small_note(workflow):
         no_note,
         note_without_costs,
         note_without_time,
+        narrow,
         small_note,
     ],
 )
