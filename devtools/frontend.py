@@ -43,6 +43,7 @@ _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.Persist": False,
     "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
 }
 PATIENCE = 120_000
 """Milliseconds after which the page is given up on, whatever is waited for: a busy machine may take
