@@ -34,7 +34,8 @@ class LoadLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any model: float, quantized, or one that "
                                                 "multiplies integers."),
                 io.Combo.Input("lora_name", options=[CONNECTED, *folders.lora_files()],
-                               tooltip="A file from models/loras, or the LoRA connected below."),
+                               tooltip="A file from models/loras, or the LoRA connected to "
+                                       "'lora'."),
                 io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01,
                                tooltip="0 is the model without it, 1 the LoRA as trained. Several "
                                        "chained LoRAs add up."),

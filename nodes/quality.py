@@ -89,7 +89,8 @@ class ImageSetQuality(io.ComfyNode):
                 io.Combo.Input("network", options=list(NETWORKS), default=STARTER,
                                tooltip=f"What looks at the images: '{STARTER}' needs no download "
                                        "and knows the starter model's pictures; "
-                                       f"'{CLIP_VISION}' is the CLIP or DINOv2 connected below."),
+                                       f"'{CLIP_VISION}' is the CLIP or DINOv2 connected to "
+                                       "'clip_vision'."),
                 io.String.Input("folder", default="",
                                 tooltip="A folder of images to measure: of ComfyUI's input folder "
                                         "or a full path. Added to connected images."),

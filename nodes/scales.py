@@ -37,7 +37,7 @@ class ApplyScales(io.ComfyNode):
                                                 "one in any other precision."),
                 _scale_name_input([CONNECTED, *folders.scale_files()],
                                   "A file from models/quanttune_scales, or the scales connected "
-                                  "below."),
+                                  "to 'scales'."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
                                tooltip="0 is the base model, 1 the scales as trained; between and "
                                        "beyond interpolates. Several chained sets add up."),

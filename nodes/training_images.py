@@ -45,7 +45,7 @@ class TrainingImagesNode(io.ComfyNode):
             display_name="Training Images",
             category="QuantTune/training",
             description="Pictures of a subject, or of a style, with their captions, for 'Train "
-                        "Scales (TuneQDM)'. Chain several for several subjects.",
+                        "Scales (TuneQDM)' and 'LoRA Train'. Chain several for several subjects.",
             search_aliases=["dataset", "load images", "dreambooth"],
             **KEPT,
             inputs=[
@@ -83,7 +83,8 @@ class TrainingImagesNode(io.ComfyNode):
             ],
             outputs=[
                 Images.Output("training_images", display_name="training images",
-                              tooltip="For 'Train Scales (TuneQDM)'."),
+                              tooltip="For 'Train Scales (TuneQDM)' and 'LoRA Train', or for "
+                                      "'Augment Training Images' before them."),
                 io.Image.Output("sheet", display_name="contact sheet",
                                 tooltip="The first pictures as they will be trained on."),
                 io.String.Output("report", display_name="report",

@@ -41,7 +41,7 @@ class LoadUpscaler(io.ComfyNode):
                                tooltip="Its text encoder, for CLIP Text Encode; nothing when a "
                                        "single file comes without one."),
                 io.Vae.Output("vae", display_name="VAE",
-                              tooltip="Its autoencoder: four pixels a latent."),
+                              tooltip="Its autoencoder: 4 x 4 pixels for each pixel of a latent."),
             ],
         )
 
