@@ -5,6 +5,7 @@ And what is released with it: the archive installs and runs, the citation is who
 
 import asyncio
 import json
+import posixpath
 import re
 import shutil
 import sys
@@ -25,6 +26,10 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PUBLIC = re.compile(
+    re.escape(PROJECT["project"]["urls"]["Repository"]) + r"/(?:blob|tree)/main/(.+)"
+)
+LINK = re.compile(r"\]\(<?([^)>\s]+)>?\)|\b(?:src|href)=\"([^\"]+)\"")
 TOOLING = {"tests", "benchmarks", "devtools", "docs", "web", "locales", "workflows"}
 
 
@@ -145,6 +150,37 @@ class TestCitation:
             assert entry["type"] in ("article", "conference-paper", "unpublished", "generic")
 
 
+def anchors(page):
+    """What a `#` in a link can name on a Markdown page, as GitHub calls its headings."""
+    page = re.sub(r"(?ms)^```.*?^```", "", page)
+    headings = (re.sub(r"[^\w\- ]", "", h.lower()) for h in re.findall(r"(?m)^#+ (.+)$", page))
+    return {heading.strip().replace(" ", "-") for heading in headings}
+
+
+def lost_links(name, page, packed, tracked):
+    """Links of a Markdown page in the archive that lead nowhere, as they are written.
+
+    A relative one has to be in the archive, the address of a file in the repository to be tracked.
+    `packed` and `tracked` are paths; a page that a `#` leads into is read from the checkout.
+    """
+    lost = []
+    for link in ("".join(found) for found in LINK.findall(re.sub(r"(?ms)^```.*?^```", "", page))):
+        public = PUBLIC.fullmatch(link)
+        if re.match(r"[a-z]+:", link) and not public:
+            continue
+        path, _, anchor = (public[1] if public else link).partition("#")
+        if not public:
+            path = posixpath.join(posixpath.dirname(name), path) if path else name
+        path = posixpath.normpath(path)
+        there = any(f == path or f.startswith(f"{path}/") for f in (tracked if public else packed))
+        if there and anchor and path.endswith(".md"):
+            text = page if path == name else (ROOT / path).read_text("utf-8")
+            there = anchor in anchors(text)
+        if not there:
+            lost.append(link)
+    return lost
+
+
 class TestArchive:
     @pytest.mark.parametrize("name, out", [
         ("tests/a.py", True), ("a/tests/b.py", True), ("test.py", False), ("x/y.bin", True),
@@ -171,6 +207,29 @@ class TestArchive:
             missing = {name for name in mine & set(archive.tracked(ROOT)) if name not in names}
             assert not missing, f"{folder} is not whole: {sorted(missing)[:5]}"
         assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= names
+
+    def test_every_link_of_its_pages_leads_somewhere(self):
+        packed, tracked = archive.files(), archive.tracked(ROOT)
+        pages = [name for name in packed if name.endswith(".md")]
+        found = {n: lost_links(n, (ROOT / n).read_text("utf-8"), packed, tracked) for n in pages}
+        assert {"README.md", "docs/int8.md", "starter/README.md"} <= set(pages)
+        assert {name: links for name, links in found.items() if links} == {}
+
+    @pytest.mark.parametrize("link, lost", [
+        ("int8.md", False), ("../README.md#install-into-your-comfyui", False), ("#here", False),
+        ("images", False), ("https://example.com/x", False), ("int8", True), ("#there", True),
+        ("../README.md#nowhere", True), ("../benchmarks/results/README.md", True),
+        ("../../elsewhere.md", True), ("{home}/blob/main/dev.py", False),
+        ("{home}/tree/main/benchmarks/results", False), ("{home}/blob/main/no.py", True),
+        ("{home}/blob/main/benchmarks/results/README.md#sizes", False),
+        ("{home}/blob/main/benchmarks/results/README.md#sizzes", True),
+    ])  # fmt: skip
+    def test_a_link_that_leads_nowhere_is_noticed(self, link, lost):
+        link = link.format(home=PROJECT["project"]["urls"]["Repository"])
+        for page in (f"# Here\n[a]({link})", f'# Here\n<img src="{link}">'):
+            packed = ["docs/a.md", *archive.files()]
+            found = lost_links("docs/a.md", page, packed, archive.tracked(ROOT))
+            assert found == ([link] if lost else [])
 
     def test_outside_of_git_it_says_so(self, tmp_path):
         with pytest.raises(Stop, match="not a git checkout"):
