@@ -139,8 +139,8 @@ def _left_out(patcher) -> list[str]:
     """What is applied to a MODEL and not in its file, in words."""
     options, lines = patcher.model_options["transformer_options"], []
     if ROUTER in options:
-        lines += ["The scales that are applied to it are not in the file; 'Save Scales' keeps "
-                  "them."]
+        lines += ["The scales that are applied to it are not in the file; 'Save TuneQDM "
+                  "Scales' keeps them."]
     if (mode := options.get(MODE)) is not None and mode.ranges is None:
         lines += ["The file holds its integers, not that they are multiplied as such; put 'Dynamic "
                   "INT8' after 'Load Quantized UNet'."]

@@ -62,10 +62,11 @@ class SaveQuantizedUNet(io.ComfyNode):
             display_name="Save Quantized UNet",
             category="QuantTune/savers",
             description="Writes a quantized model to one safetensors file that 'Load Quantized "
-                        "UNet' reads. Scales and LoRAs applied to it are not part of the file.",
+                        "UNet' reads. Scales applied to it are not part of the file; with a LoRA "
+                        "on it, it is refused.",
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A model from 'Quantize UNet'."),
+                io.Model.Input("model", tooltip="A quantized model, from before any LoRA."),
                 io.String.Input("filename_prefix", default="quanttune/model",
                                 tooltip="Name of the file in the output folder; a number is "
                                         "added. Names under quanttune/ appear in 'Load Quantized "
