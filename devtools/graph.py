@@ -66,6 +66,8 @@ def _widget_names(info: dict[str, Any]) -> list[tuple[str, list | None]]:
     names: list[tuple[str, list | None]] = []
     for name, spec in _specs(info).items():
         kind, options = spec[0], _options(spec)
+        if isinstance(kind, str) and kind.startswith("COMFY_AUTOGROW"):
+            continue  # sockets alone, which the workflow names itself
         if isinstance(kind, str) and kind.startswith("COMFY_"):
             raise NeedsFrontend(f"Node type {info.get('name')} has the dynamic input {name}.")
         combo = isinstance(kind, list) or kind == "COMBO"

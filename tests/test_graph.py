@@ -121,9 +121,16 @@ def test_what_only_the_frontend_can_do_is_told():
     subgraph = flow(node(1, "some-uuid")) | {"definitions": {"subgraphs": [{"id": "some-uuid"}]}}
     with pytest.raises(NeedsFrontend, match="subgraph"):
         to_api(subgraph, INFO)
-    dynamic = {"D": {"name": "D", "input": {"required": {"x": ["COMFY_AUTOGROW_V3", {}]}}}}
+    dynamic = {"D": {"name": "D", "input": {"required": {"x": ["COMFY_DYNAMICCOMBO_V3", {}]}}}}
     with pytest.raises(NeedsFrontend, match="dynamic input x"):
         to_api(flow(node(1, "D")), dynamic)
+
+
+def test_sockets_that_grow_keep_the_names_the_workflow_gives_them():
+    grows = {"Many": {"input": {"required": {"x": ["COMFY_AUTOGROW_V3", {}], "n": ["INT", {}]}}}}
+    many = node(2, "Many", [("x.x0", "MODEL", 1), ("x.x1", "MODEL", None)], [7])
+    graph = to_api(flow(node(1, "Loader"), many, links=[(1, 1, 0, 2, 0)]), INFO | grows)
+    assert graph["2"]["inputs"] == {"x.x0": ["1", 0], "n": 7}
 
 
 def test_unknown_types_are_named_all_at_once():
