@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quanttune.tests.harness import docs_images
+from quanttune.tests.workflows.wires import over_titles
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -21,7 +22,14 @@ AREAS = {
     "#4f9bd1": "#335",  # blue: what goes in: models, words, sizes, pictures to learn from
     "#55b27a": "#353",  # green: what this pack does with it
     "#b07cc6": "#535",  # purple: pictures and how they are drawn
-    "#4fb3b3": "#355",  # cyan: what was measured, and what is kept of it
+    "#4fb3b3": "#355",  # cyan: what was measured
+}
+# What an area is called after has one colour, too.
+SUBJECTS = {
+    r"keep|use|train|quantize|calibrate|scales|loras?|integers": "#55b27a",
+    r"measure|lost|costs?|error|learnt|loses|report": "#4fb3b3",
+    r"prompts?|models?": "#4f9bd1",
+    r"same": "#b07cc6",
 }
 NOTE_COLOUR = "#653"
 TITLE = 30  # height of the bar above a node's box
@@ -29,6 +37,8 @@ AREA_TITLE = 34  # of the bar within an area
 NARROWEST = 225  # of a node in the frontend's "Nodes 2.0", which draws narrower ones as wide
 PARTS = ("**What it does:**", "**What to change for your own:**", "**What it costs:**")
 DURATION = r"\d+ (seconds|minutes)|[Ss]ome seconds|[Aa]bout a minute"
+# A letter of a node's title, and what else its bar holds, in pixels.
+TITLE_LETTER, TITLE_ROOM = 7.6, 42
 # A line of the note's text is 68 letters in its 380 pixels, and 13 pixels high.
 LINE_LETTERS, LINE_HEIGHT = 68, 13
 
@@ -65,6 +75,10 @@ def problems(workflow):
     if len(notes) != 1:
         return [f"{len(notes)} notes in place of one"]
     found += note_problems(notes[0])
+    if any(slot["name"] == "run_name" for node in nodes for slot in node["inputs"]):
+        own = notes[0]["widgets_values"][0].partition(PARTS[1])[2].partition(PARTS[2])[0]
+        if "**run_name** of your own" not in own:  # one's own pictures would not go with the run
+            found.append("the note does not say that a run of one's own wants a name of its own")
     if len(groups) < 3:
         found.append(f"only {len(groups)} areas")
     for number, group in enumerate(groups, start=1):
@@ -83,6 +97,10 @@ def problems(workflow):
             found.append(f"{name} sticks out of {at[0]['title']!r}")
         elif node.get("bgcolor") != AREAS.get(at[0].get("color")):
             found.append(f"{name} has not the colour of {at[0]['title']!r}")
+        if TITLE_ROOM + TITLE_LETTER * len(node.get("title") or "") > node["size"][0]:
+            found.append(f"the title of {name} is too long for its width")
+    for title, end in over_titles(workflow):
+        found.append(f"a wire to {end} runs over the title of {title!r}")
     for one, other in combinations([*nodes, *notes], 2):
         if overlap(box(one), box(other)):
             found.append(f"nodes {one['id']} and {other['id']} overlap")
@@ -102,6 +120,8 @@ def note_problems(note):
     found = []
     if not re.match(r"# \S[^\n]{4,50}\n\n\*\S[^\n*]{15,80}\.\*\n\n", text):
         found.append("the note does not begin with a title and one line in italics")
+    elif "-" in text.split("\n\n")[1]:
+        found.append("the line has a hyphen, which the template browser writes as a blank")
     places = [text.find(part) for part in PARTS]
     if -1 in places or places != sorted(places):
         found.append(f"the note lacks one of {', '.join(PARTS)}, or their order")
@@ -131,6 +151,28 @@ def test_titles_and_lines_are_all_different():
     ]
     heads = [note["widgets_values"][0].split("\n\n")[:2] for note in notes]
     assert len({title for title, _ in heads}) == len({line for _, line in heads}) == len(FILES)
+
+
+def test_a_kind_of_node_has_one_colour_in_all_templates():
+    colours = {}
+    for path in FILES:
+        for node in read(path)["nodes"]:
+            if node["type"].startswith("QuantTune"):
+                colours.setdefault(node["type"], {}).setdefault(node["bgcolor"], path.stem)
+    assert colours
+    assert {kind: at for kind, at in colours.items() if len(at) > 1} == {}
+
+
+@pytest.mark.parametrize("words", SUBJECTS)
+def test_a_subject_has_one_colour_in_all_templates(words):
+    areas = [
+        (path.stem, group["title"], group["color"])
+        for path in FILES
+        for group in read(path)["groups"]
+        if re.search(rf"^\d\. (\w+ ){{0,2}}({words})\b", group["title"], re.IGNORECASE)
+    ]
+    assert len(areas) > 3
+    assert [area for area in areas if area[2] != SUBJECTS[words]] == []
 
 
 @each_workflow
@@ -193,6 +235,23 @@ def small_note(workflow):
     workflow["nodes"][0]["size"][1] = 100
 
 
+def wired_over(workflow):
+    workflow["groups"][1]["bounding"][1] += 406
+
+
+def long_title(workflow):
+    workflow["nodes"][-1]["title"] = "A title that goes on for longer than its node is wide"
+
+
+def hyphen(workflow):
+    note = workflow["nodes"][0]["widgets_values"]
+    note[0] = note[0].replace("4 bits side", "4-bit side", 1)
+
+
+def nameless_run(workflow):
+    workflow["nodes"][-1]["inputs"].append({"name": "run_name", "widget": {"name": "run_name"}})
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -209,6 +268,10 @@ def small_note(workflow):
         note_without_time,
         narrow,
         small_note,
+        wired_over,
+        long_title,
+        hyphen,
+        nameless_run,
     ],
 )
 def test_a_spoilt_template_is_noticed(spoil):
@@ -237,9 +300,9 @@ is, on the small model that ships with the pack. [The first run](first-run.md) s
 one.
 
 Colours mean the same in all of them: **blue** is what goes in (models, words, sizes, pictures to
-learn from), **green** what the pack does with it, **purple** the pictures, **cyan** what was
-measured or is kept. What stands below is the note in each workflow; the pictures are taken by the
-tests, in the real frontend.
+learn from), **green** what the pack does with it and keeps, **purple** the pictures, **cyan** what
+was measured. What stands below is the note in each workflow; the pictures are taken by the tests,
+in the real frontend.
 """
 
 

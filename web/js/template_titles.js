@@ -19,7 +19,7 @@ export const TEMPLATES = [
   [
     "02-timestep-routed-scales",
     "Timestep-routed scales",
-    "A 4-bit model without and with a subject's scales.",
+    "A model in 4 bits, without and with a subject's scales.",
   ],
   [
     "03-personalise-a-subject",
@@ -44,7 +44,7 @@ export const TEMPLATES = [
   [
     "07-lora-train",
     "Train a LoRA",
-    "A LoRA from six pictures on a 4-bit model, for any tool.",
+    "A LoRA from six pictures on a model in 4 bits, for any tool.",
   ],
   [
     "08-lora-on-4-bit",
@@ -59,7 +59,7 @@ export const TEMPLATES = [
   [
     "10-paper-pipeline",
     "LoRA, dynamic INT8, x4 upscale",
-    "A whole pipeline: fine-tune, draw in 8-bit integers, upscale.",
+    "A whole pipeline: a LoRA, pictures drawn in 8 bits, upscaled.",
   ],
   [
     "11-compare-precisions",
@@ -74,7 +74,7 @@ export const TEMPLATES = [
   [
     "13-dynamic-int8",
     "Dynamic INT8",
-    "Float, 8-bit integers, and integers on a 4-bit base with scales.",
+    "Float, integers of 8 bits, and those on a base of 4 bits with scales.",
   ],
   [
     "14-calibrate-and-compare",
@@ -84,12 +84,12 @@ export const TEMPLATES = [
   [
     "15-qat",
     "Quantization-aware training",
-    "A 4-bit model before and after it learns to answer as float.",
+    "A model in 4 bits, before and after it learns to answer as float.",
   ],
   [
     "16-import-qdiffusion",
     "Import a Q-Diffusion checkpoint",
-    "A published 4-bit checkpoint as it is, and with scales.",
+    "A published checkpoint of 4 bits as it is, and with scales.",
   ],
 ];
 
