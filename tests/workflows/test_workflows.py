@@ -33,6 +33,23 @@ def drawn(page, name):
     return page.graph_to_prompt()["workflow"]
 
 
+def wrapped_rows(page):
+    """Rows of tables that a report in the open workflow breaks into lines, being too narrow."""
+    return page.page.evaluate(
+        """() => window.app.rootGraph.nodes.flatMap(n => n.widgets ?? [])
+            .filter(w => w.name === 'quanttune_report' && w.element)
+            .flatMap(({ element }) => {
+                const style = getComputedStyle(element);
+                const pen = document.createElement('canvas').getContext('2d');
+                pen.font = `${style.fontSize} ${style.fontFamily}`;
+                const room = element.clientWidth
+                    - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+                return element.value.split('\\n')
+                    .filter(row => row.startsWith('|') && pen.measureText(row).width > room);
+            })"""
+    )
+
+
 def test_there_are_workflows():
     assert FILES, f"{FOLDER} holds no workflow"
 
@@ -63,6 +80,7 @@ def test_runs_from_the_frontend_to_its_pictures(path, frontend_page, comfy_serve
     # What a run leaves in the nodes (reports, charts, pictures) has room, too.
     assert problems(drawn(frontend_page, path.stem)) == []
     seen = docs_images.whole_graph(frontend_page)
+    assert wrapped_rows(frontend_page) == []
     (ARTIFACTS / f"{path.stem}-done.png").write_bytes(seen)
     if docs_images.WANTED:
         docs_images.save(seen, PICTURES / f"{path.stem}.webp", limit=150_000, width=2200)
