@@ -106,6 +106,8 @@ def _put_back(folder: Path) -> None:
     A run that was put aside comes back, unless the one in its place has a state by now (earlier
     versions left it behind then, too). What was being deleted is deleted.
     """
+    if not folder.parent.is_dir():  # the first run of all
+        return
     left = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}({ASIDE}|{DONE})")
     try:
         found = [p for p in folder.parent.iterdir() if left.fullmatch(p.name)

@@ -108,6 +108,15 @@ def test_what_a_kill_left_of_a_deletion_is_deleted(run, monkeypatch, after):
         assert held(folder) == {"loss.csv": "second"} and beside(folder) == ["owl"]
 
 
+def test_the_first_run_of_all_warns_of_nothing(host_folders, caplog):
+    from quanttune.host import run as module
+
+    assert not module.run_folder("owl").parent.exists()
+    with module.replaced("owl", anew=False):
+        pass
+    assert caplog.messages == []
+
+
 def test_a_run_with_a_state_is_never_replaced_by_what_was_put_aside(run):
     """Earlier versions could be killed while they deleted it under that name."""
     module, folder = run
