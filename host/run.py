@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,12 @@ def replaced(name: str, anew: bool) -> Iterator[None]:
         raise
     # Under another name first: a run that is deleted in part is not to be put back.
     done = aside.with_suffix(DONE)
-    aside.rename(done)
+    try:
+        aside.rename(done)
+    except OSError:  # on Windows, while anything looks at what is in it
+        done = aside
+        with suppress(OSError):
+            (done / STATE).unlink()
     shutil.rmtree(done, ignore_errors=True)
 
 

@@ -108,6 +108,29 @@ def test_what_a_kill_left_of_a_deletion_is_deleted(run, monkeypatch, after):
         assert held(folder) == {"loss.csv": "second"} and beside(folder) == ["owl"]
 
 
+def test_a_deletion_that_windows_refuses_stops_no_training(run, monkeypatch):
+    """A file of the former run that another program looks at keeps its folder from a new name."""
+    from pathlib import Path
+
+    module, folder = run
+    real = Path.rename
+
+    def rename(self, target):
+        if str(target).endswith(module.DONE):
+            raise PermissionError(13, "Access is denied")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda *args, **kwargs: None)
+        with module.replaced("owl", anew=True):
+            fill(folder, "second", state=False)
+    (left,) = [name for name in beside(folder) if name != "owl"]
+    assert held(folder.parent / left) == {"loss.csv": "first"}
+    with module.replaced("owl", anew=False):
+        assert held(folder) == {"loss.csv": "second"} and beside(folder) == ["owl"]
+
+
 def test_the_first_run_of_all_warns_of_nothing(host_folders, caplog):
     from quanttune.host import run as module
 
