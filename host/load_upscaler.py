@@ -126,6 +126,9 @@ def load_checkpoint(path: Path):
                   f"The file {path}")
     model, clip, vae = comfy.sd.load_state_dict_guess_config(
         tensors, embedding_directory=_embeddings(), metadata=strings)[:3]
+    if getattr(vae, "patcher", None) is None:  # the host only warns of it
+        raise QuantTuneError(f"The file {path} holds the upscaler's UNet, and under its VAE's "
+                             f"names nothing that ComfyUI knows as one; {WHERE}.")
     # The host's loader of files notes these, under names that change from release to release.
     again = str(path), _embeddings()
     model.cached_patcher_init = (comfy.sd.load_checkpoint_guess_config_model_only, again)

@@ -300,6 +300,11 @@ class TestSingleFile:
         self.write(unet, host_folders, "diffusion_models")
         told("UNet without its VAE", "x4.safetensors")
 
+    def test_what_is_no_vae_under_its_names(self, state, host_folders):
+        unet = {k: v for k, v in state.items() if k.startswith("model.")}
+        self.write(unet | {"first_stage_model.other": torch.ones(2).half()}, host_folders)
+        told("nothing that ComfyUI knows as one", "x4.safetensors")
+
     def test_another_model(self, host_folders):
         unet = models.small_model().model.diffusion_model
         self.write({f"model.diffusion_model.{key}": value.contiguous()
