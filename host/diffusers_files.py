@@ -170,11 +170,13 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
 
 def _unlisted(names: list[str]) -> str | None:
     """The first file that the others' names ("-00001-of-00003") promise and that is not there."""
+    listed, series = set(names), {}
     for match in filter(None, map(SHARD.fullmatch, names)):
-        stem, count, kind = match["stem"], match["count"], match["kind"]
+        series[match["stem"], match["count"], match["kind"]] = None
+    for stem, count, kind in series:
         for number in range(1, int(count) + 1):
             name = f"{stem}-{number:05d}-of-{count}.{kind}"
-            if name not in names:
+            if name not in listed:
                 return name
     return None
 

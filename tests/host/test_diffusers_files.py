@@ -84,3 +84,14 @@ def test_a_tensor_that_two_files_of_a_folder_have(tmp_path):
         ModelFolder(tmp_path).weights("unet")
     message = str(caught.value)
     assert f"{names[1]} has 'a', which another of its files has, too; download" in message
+
+
+def test_a_long_list_is_not_gone_through_for_each_of_its_names():
+    from quanttune.host.diffusers_files import _unlisted
+
+    class Names(list):
+        def __contains__(self, name):
+            raise AssertionError("a look through all of them")
+
+    assert _unlisted(Names(numbered("m", 1000))) is None
+    assert _unlisted(Names(numbered("m", 1000)[:-1])) == "m-01000-of-01000.safetensors"
