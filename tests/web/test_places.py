@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from quanttune.devtools import host_process
 from quanttune.devtools.frontend import open_page
 from quanttune.tests.web.test_drawings import (
     count,
@@ -217,6 +218,26 @@ def test_what_a_page_missed_while_it_was_loaded_again(page, comfy_server):
     )
     page.reload()
     until(page, [[1, "4-bit · 0.40 GiB", "done meanwhile"]])
+    assert page.errors == []
+
+
+def test_a_long_queue_is_of_the_workflow_it_came_from(page):
+    output = {"quanttune_badge": ["4-bit · 0.40 GiB"], "text": ["the first of many"]}
+    page.load(training())
+    first = tab(page)
+    for number in range(150):
+        pretend(page, f"queued {number}")
+    page.load(training())
+    done = {"node": "1", "display_node": "1", "prompt_id": "queued 0", "output": output}
+    send(page, "executed", done)
+    assert shown(page) == []
+    go_to(page, first)
+    until(page, [[1, "4-bit · 0.40 GiB", "the first of many"]])
+    kept = page.page.evaluate(
+        "async (pack) => (await import(`/extensions/${pack}/js/places.js`)).kept().prompts",
+        host_process.PACK_NAME,
+    )
+    assert ["queued 0", True] in [[prompt, open_] for prompt, _, open_ in kept]
     assert page.errors == []
 
 

@@ -4,6 +4,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const MOST = 100;
+const MOST_QUEUED = 1000;
 
 /** Places of prompts, the newest last. */
 const prompts = new Map();
@@ -43,7 +44,10 @@ function remember(prompt, where) {
   prompts.delete(prompt);
   prompts.set(prompt, where);
   if (prompts.size <= MOST) return;
-  const [oldest] = prompts.keys();
+  // Of a long queue, the oldest are those that run next.
+  const done = [...prompts.keys()].find((one) => one !== prompt && !running.has(one));
+  if (done === undefined && prompts.size <= MOST_QUEUED) return;
+  const oldest = done ?? prompts.keys().next().value;
   for (const list of [prompts, running, missed]) list.delete(oldest);
 }
 
@@ -83,7 +87,7 @@ export function ended(prompt) {
 
 /** The page did not listen for a while. */
 export function wasAway() {
-  for (const prompt of running) missed.add(prompt);
+  for (const prompt of [...running].slice(0, MOST)) missed.add(prompt);
 }
 
 /** Ask the server what came of prompts while the page did not listen: `[prompt, outputs]` of each. */
@@ -102,8 +106,13 @@ export async function catchUp() {
 /** What `restore` takes: prompts, and the tab of each workflow. */
 export function kept() {
   const tabs = opened().map(({ path, activeState }) => [activeState?.id, path]);
+  const all = [...prompts].map(([prompt, where]) => [prompt, where, running.has(prompt)]);
   return {
-    prompts: [...prompts].slice(-20).map(([prompt, where]) => [prompt, where, running.has(prompt)]),
+    // Of those that are not done, the ones that run next.
+    prompts: [
+      ...all.filter(([, , open]) => !open).slice(-20),
+      ...all.filter(([, , open]) => open).slice(0, MOST),
+    ],
     tabs: tabs.filter(([id]) => id),
   };
 }
