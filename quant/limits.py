@@ -22,7 +22,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any type holds neither NaN nor an infinity, as float32 would hold it.
 
     float64 beyond float32's largest number counts as infinite: nothing here computes with more.
-    Nothing of the tensor's size is allocated, unless it is 8-bit or on a GPU and not contiguous.
+    Nothing of the tensor's size is allocated, unless it is not contiguous. Sparse tensors and those
+    without data (meta) have no answer: torch raises.
     """
     tensor = tensor.detach()
     if tensor.is_complex():
