@@ -46,6 +46,8 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
 
 def own_format(strings: Mapping[str, str]) -> str | None:
     """The format of a file of ours by its header's strings: None for one of other programs, and
@@ -113,15 +115,33 @@ def read_with_strings(
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """As `read_safetensors`, with all metadata as it stands in the file in place of ours."""
     path = os.fspath(path)
-    read_entries(path)
+    strings, entries, begin = read_entries(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            strings = dict(file.metadata() or {})
-            return strings, {name: file.get_tensor(name) for name in file.keys()}
+        with safe_open(path, framework="pt", device="cpu") as file:  # checks the header
+            storage = torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+            tensors = {}
+            for name in file.keys():
+                known = _tensor(storage, entries[name], begin)
+                tensors[name] = file.get_tensor(name) if known is None else known
+            return strings, tensors
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         if is_cut_short(path):
             raise damaged(path, "is cut short") from error
         raise damaged(path, f"has a damaged header ({first_line(error)})") from error
+
+
+def _tensor(storage: torch.UntypedStorage, entry: dict[str, Any], begin: int) -> Tensor | None:
+    """A view of a mapped file, as safetensors makes it; None for what it has to make itself.
+
+    Its own `get_tensor` keeps two numbers of each tensor it gives (release 0.8), for good: 56
+    bytes, 28 MB of a server that loads a model of a thousand tensors five hundred times.
+    """
+    dtype = DTYPES.get(entry["dtype"])
+    first, last = entry["data_offsets"]
+    if dtype is None or first == last:
+        return None
+    data = storage[begin + first : begin + last]
+    return torch.asarray(data, dtype=torch.uint8).view(dtype).reshape(entry["shape"])
 
 
 def read_header(
