@@ -1,5 +1,7 @@
 """The cost table and its chart, and peak memory."""
 
+import time
+
 import pytest
 import torch
 
@@ -48,8 +50,9 @@ def test_peak_memory_sees_what_is_freed_again(watching, monkeypatch):
     size = 200 * 2**20
     with peak_memory(torch.device("cpu")) as found:
         block = torch.ones(size, dtype=torch.uint8)
-        for _ in range(5):
-            block.add_(1)
+        wait = time.monotonic() + 60
+        while watching and found.extra < 0.8 * size and time.monotonic() < wait:
+            time.sleep(0.01)  # a busy machine lets the watching thread run when it likes
         del block
     assert 0.8 * size < found.extra < 2 * size
     with peak_memory(torch.device("cpu")) as found:
