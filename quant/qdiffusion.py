@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .errors import QuantTuneError
 from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO, is_finite, is_whole, largest
+from .paging import let_go
 from .qdiffusion_layer import QDiffusionLayer, Rounding
 from .safe_file import refuse_pipe
 from .spec import SUPPORTED_BITS
@@ -204,6 +205,7 @@ class _Reader:
         The bits are the declared ones, or else all that there may turn out to be.
         """
         weight = self.needed(".weight")
+        let_go(8 * weight.numel)  # the blocks of the layer before, or of one much like it
         if (
             not 2 <= len(weight.shape) <= 5
             or weight.numel == 0
@@ -295,10 +297,12 @@ class _Reader:
                     raise self.wrong(f"has a weight of size {most:.3g}, which no model has")
                 out[block] = (high - low) / delta[block]
                 # Whichever way alpha rounds: what lies outside by half a step or more.
-                u = (own / delta[block, None]).add_(zero_point[block, None])
+                u = own.div_(delta[block, None]).add_(zero_point[block, None])
                 below = int((u < -0.5).sum())
                 for bits in self.cut:
                     self.cut[bits] += below + int((u > 2**bits - 0.5).sum())
+                del own, u  # not beside the next block
+            del values
         return tuple(Rounding(*q, s) for q, s in zip(quantizers, steps))
 
 
