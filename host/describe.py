@@ -17,6 +17,8 @@ LARGEST = 2**24
 """No size, count or setting of a real model is above this."""
 COUNTS = ("depth", "num_res_blocks", "layers", "blocks")
 """Words in the names of settings that say how often a part is repeated."""
+PREVIEW = {"factors": "latent_rgb_factors", "bias": "latent_rgb_factors_bias"}
+"""Entries of a file's ``latent_preview``, and the host's attributes of latents."""
 AGAIN = "quantize the original model again"
 
 
@@ -59,9 +61,19 @@ def _metadata(config, model_type: str, latent_format, name: str, provenance: dic
         unet_config=described,
         model_type=model_type,
         latent_format=type(latent_format).__name__,
+        latent_preview=_preview(latent_format),
         sampling_settings=copy.deepcopy(config.sampling_settings),
         provenance=provenance,
     )
+
+
+def _preview(latent_format) -> dict:
+    """The colours that a preview shows latents with, where they are not those of the class."""
+    own = [getattr(latent_format, name, None) for name in PREVIEW.values()]
+    plain = type(latent_format)()
+    if own[0] is None or own == [getattr(plain, name, None) for name in PREVIEW.values()]:
+        return {}
+    return dict(zip(PREVIEW, own))
 
 
 def model_config(checkpoint: QuantizedCheckpoint, name: str):
@@ -91,8 +103,29 @@ def model_config(checkpoint: QuantizedCheckpoint, name: str):
         config.latent_format = _known(comfy.latent_formats, metadata.latent_format,
                                       comfy.latent_formats.LatentFormat, "latents of the format",
                                       name)()
+    _set_preview(config.latent_format, metadata.latent_preview, name)
     config.sampling_settings.update(metadata.sampling_settings)
     return config
+
+
+def _set_preview(latent_format, preview: dict, name: str) -> None:
+    """Give the latents of one model the colours that its file states."""
+    if not preview:
+        return
+    factors, bias = preview.get("factors"), preview.get("bias")
+    rows = factors if isinstance(factors, list) else []
+    if len(rows) != latent_format.latent_channels or not all(map(_is_colour, rows)) or not (
+            bias is None or _is_colour(bias)):
+        raise QuantTuneError(
+            f"'{name}' has no valid latent_preview in its metadata: it takes three numbers for "
+            f"each of {latent_format.latent_channels} channels; {AGAIN}.")
+    for attribute, value in zip(PREVIEW.values(), (factors, bias)):
+        setattr(latent_format, attribute, value)
+
+
+def _is_colour(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(
+        type(v) in (int, float) and abs(v) <= LARGEST for v in value)
 
 
 def _known(module, class_name, base, what, name):

@@ -35,6 +35,8 @@ class UNetMetadata:
         fingerprint: of the layers, see `fingerprint.fingerprint`; filled in on saving if empty.
         format, format_version: ``"quanttune.unet"``, and 1, or 2 with activation ranges.
         calibration: JSON-able facts of how the activation ranges were found; empty without them.
+        latent_preview: ``{"factors": [[r, g, b], ...], "bias": [r, g, b] or None}`` that a preview
+            takes latents to colours with, one row a channel; empty: the latent format's own.
     """
 
     family: str
@@ -49,6 +51,7 @@ class UNetMetadata:
     format: str = UNET_FORMAT
     format_version: int = UNET_FORMAT_VERSION
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    latent_preview: Mapping[str, Any] = field(default_factory=dict)
 
 
 def layer_facts(
@@ -86,12 +89,15 @@ def complete_metadata(
         floats=tuple(sorted(floats)),
         fingerprint=fingerprint,
         calibration=_jsonable(metadata.calibration, "calibration") if with_ranges else {},
+        latent_preview=_jsonable(metadata.latent_preview, "latent_preview"),
         format=UNET_FORMAT,
         format_version=CALIBRATED_VERSION if with_ranges else UNET_FORMAT_VERSION,
     )
     described = asdict(metadata)
     if not with_ranges:
         described.pop("calibration")  # files of version 1 stay the same, byte for byte
+    if not metadata.latent_preview:
+        described.pop("latent_preview")
     return metadata, described
 
 
@@ -136,7 +142,8 @@ def read_metadata(
         "provenance": dict,
         "fingerprint": str,
     }
-    kinds |= {k: v for k, v in {"latent_format": str, "calibration": dict}.items() if k in known}
+    optional = {"latent_format": str, "calibration": dict, "latent_preview": dict}
+    kinds |= {key: kind for key, kind in optional.items() if key in known}
     for key, kind in kinds.items():
         if not isinstance(known.get(key), kind):
             raise QuantTuneError(f"The file {path} has no valid {key} in its metadata; {AGAIN}.")

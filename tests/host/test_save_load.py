@@ -125,6 +125,22 @@ def test_the_latent_format_survives():
     assert isinstance(loaded.model.latent_format, comfy.latent_formats.SDXL_Playground_2_5)
 
 
+def test_the_colours_of_the_preview_survive_and_stay_this_models_own():
+    import comfy.latent_formats
+
+    model = models.small_model()
+    usual = load(save(quantize(model)[0])).model.latent_format
+    plain = comfy.latent_formats.SD15().latent_rgb_factors
+    assert usual.latent_rgb_factors == plain
+    shown = model.model.latent_format
+    shown.latent_rgb_factors = [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, -0.5]]
+    shown.latent_rgb_factors_bias = [0.1, 0.2, 0.3]
+    loaded = load(save(quantize(model)[0])).model.latent_format
+    assert loaded.latent_rgb_factors == shown.latent_rgb_factors
+    assert loaded.latent_rgb_factors_bias == [0.1, 0.2, 0.3]
+    assert comfy.latent_formats.SD15().latent_rgb_factors == plain
+
+
 def test_the_non_dynamic_delegate_of_the_host_can_be_made():
     loaded = load(save(quantize(models.small_model())[0]))
     for patcher in (loaded, quantize(models.small_model())[0]):

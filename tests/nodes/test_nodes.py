@@ -218,7 +218,7 @@ def setting(where, key, value):
     """A corruption of one number or word of the model's description."""
     def change(inner):
         place = inner if where is None else inner[where]
-        assert where == "sampling_settings" or key in place
+        assert where == "sampling_settings" or key == "latent_preview" or key in place
         place[key] = value
     return metadata(change)
 
@@ -236,6 +236,10 @@ BAD_UNETS = {
     "prediction type": setting(None, "model_type", "TELEPATHY"),
     "latent format": setting(None, "latent_format", "torch"),
     "latent format's kind": setting(None, "latent_format", 3),
+    "preview of another size": setting(None, "latent_preview", {"factors": [[1, 1, 1]]}),
+    "preview's kind": setting(None, "latent_preview", [1]),
+    "NaN preview": setting(None, "latent_preview", {"factors": [[float("nan")] * 3] * 4}),
+    "preview's bias": setting(None, "latent_preview", {"factors": [[1, 0, 0]] * 4, "bias": "red"}),
     "no levels": setting("unet_config", "transformer_depth", []),
     "endless depth": setting("unet_config", "transformer_depth_middle", 10**9),
     "negative width": setting("unet_config", "model_channels", -32),
