@@ -100,6 +100,7 @@ def train_scales(path: str | Path) -> int:
     from accelerate import Accelerator
 
     from ..training.history import usable_trackers
+    from ..training.run_lock import alone
     from ..training.trainer import ScaleTrainer
     from .encode import encode, encode_empty
     from .train import scale_watcher
@@ -115,11 +116,12 @@ def train_scales(path: str | Path) -> int:
         accelerator = Accelerator(cpu=denoiser.device.type == "cpu", project_dir=str(folder),
                                   log_with=usable_trackers(trackers) or None)
         metadata = _metadata(denoiser, model, name, images.subject, training)
-        trainer = ScaleTrainer(denoiser, data, training, folder, metadata, empty, trackers,
-                               accelerator)
         main, look = accelerator.is_main_process, validation_of(config, training.seed, clip, vae)
-        watcher = scale_watcher(denoiser, training, look, folder) if main and look else None
-        result = run_watched(trainer, watcher, Console(main))
+        with alone(folder, accelerator):
+            trainer = ScaleTrainer(denoiser, data, training, folder, metadata, empty, trackers,
+                                   accelerator)
+            watcher = scale_watcher(denoiser, training, look, folder) if main and look else None
+            result = run_watched(trainer, watcher, Console(main))
     if accelerator.is_main_process:
         save_scale_set(target, result.scale_set)
         done = len(result.history)

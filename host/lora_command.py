@@ -39,6 +39,7 @@ def train_lora(path: str | Path) -> int:
 
     from ..training.history import usable_trackers
     from ..training.lora_trainer import LoraTrainer
+    from ..training.run_lock import alone
     from .encode import encode, encode_empty
     from .lora_file import read_lora, save_lora
     from .lora_train import AS_IT_IS, NF4, exported_lora, key_of, lora_watcher, pupil
@@ -65,11 +66,13 @@ def train_lora(path: str | Path) -> int:
             return save_lora(place, exported_lora(layers, learner, model, clip, training,
                                                   target.stem, images.subject, trainer.step))
 
-        trainer = LoraTrainer(learner.denoiser, learner.learns, data, training, folder, empty,
-                              learner.reader, key_of(start), keep, trackers, accelerator)
         main, look = accelerator.is_main_process, validation_of(config, training.seed, clip, vae)
-        watcher = lora_watcher(learner, training, look, folder) if main and look else None
-        result = run_watched(trainer, watcher, Console(main))
+        with alone(folder, accelerator):
+            trainer = LoraTrainer(
+                learner.denoiser, learner.learns, data, training, folder, empty, learner.reader,
+                key_of(start), keep, trackers, accelerator)
+            watcher = lora_watcher(learner, training, look, folder) if main and look else None
+            result = run_watched(trainer, watcher, Console(main))
         if main:
             keep(target, result.layers)
             print(f"{training.mode} on {learner.bits}: {len(result.history)} of {training.steps} "

@@ -21,6 +21,7 @@ from ..training.lora_config import LoraTraining
 from ..training.lora_layer import LoraLayer
 from ..training.lora_trainer import LoraResult, LoraTrainer
 from ..training.nf4 import nf4_layers
+from ..training.run_lock import alone
 from .bnb import LABELS
 from .bnb_quantize import bnb_kind
 from .build import quantized_model
@@ -194,8 +195,8 @@ def train_lora(
     are returned. Other arguments are those of `pupil` and `train.train`. Raises QuantTuneError
     for whatever a user can mend.
     """
-    with pupil(patcher, config, base, clip, start) as learner:
-        folder = run_folder(name)
+    folder = run_folder(name)
+    with alone(folder), pupil(patcher, config, base, clip, start) as learner:
 
         def exported(layers):
             return exported_lora(layers, learner, patcher, clip, config, name, subject,

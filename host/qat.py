@@ -17,6 +17,7 @@ from ..quant.int8 import ActivationRanges
 from ..quant.limits import is_finite
 from ..quant.qat import FakeQuantLayer
 from ..training.qat import QatTrainer, QatTraining
+from ..training.run_lock import alone
 from .build import quantized_model
 from .calibrate import Calibration
 from .explain import explained
@@ -178,7 +179,7 @@ def train_qat(patcher, reference, latent: dict, positive: Sequence, negative: Se
     record, owners = _recorded(reference, samples)
     train, held_out = _divided(owners)
     before = _error_of(record, patcher, held_out)
-    with training_copy(patcher, config.precision) as denoiser:
+    with alone(folder), training_copy(patcher, config.precision) as denoiser:
         floats = _float_weights(reference, mode) if config.weight_learning_rate else None
         examples = repr((samples.key(), asdict(how), identity_of(reference), held_out))
         student = HostStudent(denoiser, mode, record, train, floats,

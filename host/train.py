@@ -14,6 +14,7 @@ from ..metrics.charts import loss_chart
 from ..quant import ScaleMetadata
 from ..training.config import ScaleTraining
 from ..training.data import EmptyCaptions, TrainingSet
+from ..training.run_lock import alone
 from ..training.trainer import ScaleTrainer, TrainingResult
 from .build import quantized_model
 from .loss_feed import LossFeed
@@ -60,7 +61,7 @@ def train(
     returned. Raises QuantTuneError for whatever a user can mend.
     """
     quantized = quantized_model(patcher)
-    with training_copy(patcher, config.precision) as denoiser:
+    with alone(run_folder(name)), training_copy(patcher, config.precision) as denoiser:
         bits = [w.bits for w in quantized.checkpoint.layers.values()]
         metadata = ScaleMetadata(
             base_fingerprint=quantized.fingerprint, base_name=quantized.name, subject=subject,

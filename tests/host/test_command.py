@@ -40,6 +40,7 @@ def run(path, command="train-scales"):
 @pytest.mark.slow
 def test_a_run_writes_scales_and_says_so_again_when_it_is_done(tmp_path):
     from quanttune.quant import load_scale_set
+    from quanttune.training.run_lock import alone
 
     path = tmp_path / "config.toml"
     path.write_text(GOOD.format(folder=tmp_path.as_posix()))
@@ -51,6 +52,10 @@ def test_a_run_writes_scales_and_says_so_again_when_it_is_done(tmp_path):
     assert scales.metadata.extra["settings"]["steps"] == 4
     assert (tmp_path / "run" / "loss.csv").is_file()
     before = (tmp_path / "out.safetensors").read_bytes()
+    with alone(tmp_path / "run"):
+        refused = run(path)
+    assert refused.returncode == 1 and "'run' in" in refused.stderr
+    assert "by another program" in refused.stderr and "Traceback" not in refused.stderr
     again = run(path)
     assert again.returncode == 0 and "step 1/" not in again.stdout
     assert (tmp_path / "out.safetensors").read_bytes() == before

@@ -200,6 +200,17 @@ def test_another_calibration_does_not_go_on_with_a_run():
             train(other, source, "r", steps=2)
 
 
+def test_a_run_that_another_program_trains_is_left_alone(output_folder):
+    from quanttune.training.run_lock import alone
+
+    source = models.small_model()
+    model, _ = calibrated(source, bits=4)
+    with alone(output_folder / "quanttune_runs" / "r"):
+        with pytest.raises(QuantTuneError, match="'r' in .* by another program"):
+            train(model, source, "r", steps=2)
+    assert not (output_folder / "quanttune_runs" / "r").exists()
+
+
 def test_a_damaged_state_says_so(output_folder):
     from quanttune.training.state import FILE, load_state, save_state
 

@@ -121,6 +121,15 @@ def test_latents_and_conditioning_in_place_of_images(nodes, starter):
     assert "6 of 6 steps" in output.args[4]
 
 
+def test_a_run_that_another_program_trains_is_left_alone(nodes, starter, images, host_folders):
+    from quanttune.training.run_lock import alone
+
+    folder = host_folders / "output" / "quanttune_runs" / "run"
+    with alone(folder), pytest.raises(ValueError, match="'run' in .* by another program"):
+        train(nodes, starter, images, preview_every=0)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("options,match", [
     ({"images": None}, "nothing to train on"), ({"clip": None}, "need a CLIP and a VAE"),
     ({"learning_rate": 0.0}, "learning_rate"), ({"run_name": "../x"}, "cannot be a folder name"),

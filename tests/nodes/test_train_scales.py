@@ -298,6 +298,21 @@ def test_starting_anew_deletes_nothing_before_it_is_certain(nodes, starter, imag
     assert "3 of 3 steps" in again.args[4]
 
 
+@pytest.mark.parametrize("choice", ["continue", "start anew"])
+def test_a_run_that_another_program_trains_is_left_alone(choice, nodes, starter, images,
+                                                         host_folders):
+    from quanttune.training.run_lock import alone
+
+    train(nodes, starter, images, preview_every=0, steps=2)
+    folder = host_folders / "output" / "quanttune_runs" / "run"
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with alone(folder), pytest.raises(Exception, match="'run' in .* by another program"):
+        train(nodes, starter, images, preview_every=0, steps=2, if_run_exists=choice)
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert "2 of 2 steps" in train(nodes, starter, images, preview_every=0, steps=2,
+                                   if_run_exists=choice).args[4]
+
+
 def test_stopped_after_starting_anew_the_report_says_how_to_go_on(nodes, starter, images,
                                                                   monkeypatch):
     import comfy.model_management
