@@ -36,6 +36,7 @@ class TiledSampling:
                  tile_done: Callable[[], None]):
         self.tiles, self.low_res, self.level = tiles, low_res, level
         self.tile_done = tile_done
+        self._caches: list = []
 
     def attach(self, model):
         """A clone of ``model`` that samples by tiles; the MODEL given is left as it is."""
@@ -72,16 +73,37 @@ class TiledSampling:
             return whole
         whole = [torch.zeros_like(x) for _ in conds]
         give_back()  # of what the host prepared for the whole latent
-        for tile in self.tiles:
+        for tile, options in zip(self.tiles, self._options(model, model_options)):
             comfy.model_management.throw_exception_if_processing_interrupted()
             parts = executor(model, [_cropped(c, tile) for c in conds],
-                             tile.crop(x).contiguous(), timestep, model_options)
+                             tile.crop(x).contiguous(), timestep, options)
             for total, part in zip(whole, parts):
                 tile.add(total, part)
             del parts
             give_back()
             self.tile_done()
         return whole
+
+    def _options(self, model, options: dict) -> list[dict]:
+        """The options for each tile: *EasyCache* gets a cache of its own for each.
+
+        It adds what the model changed at its last call to what it gets at the next one, and would
+        take that from one tile to another.
+        """
+        given = options.get("transformer_options", {}).get("easycache")
+        if given is None:
+            return [options] * len(self.tiles)
+        if not self._caches:
+            self._caches = [given.clone().prepare_timesteps(model.model_sampling)
+                            for _ in range(len(self.tiles))]
+        # The host tells the user how many steps the one that it knows of has left out.
+        given.total_steps_skipped = sum(c.total_steps_skipped for c in self._caches) // len(
+            self._caches)
+        for cache in self._caches:
+            cache.skip_current_step = False  # as the host does with that one
+        return [{**options, "transformer_options": {**options["transformer_options"],
+                                                    "easycache": cache}}
+                for cache in self._caches]
 
 
 def _relieved(*parts):
