@@ -92,6 +92,9 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
     for index in range(count):
         decode_into(result[index, ..., :3], vae, latents[index], decoding, bar.decoded)
         latents[index] = None
+        if not is_finite(result[index]):
+            raise QuantTuneError("The VAE drew NaN in place of a picture; get the upscaler's file "
+                                 "again, or where ComfyUI runs with --fp16-vae, start it without.")
         if channels == 4:
             result[index, ..., 3] = _enlarged(image[index, ..., 3]).to(device)
     return result

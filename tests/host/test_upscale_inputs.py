@@ -48,6 +48,17 @@ def test_a_result_that_is_no_picture(parts):
         run(parts, image(8, 8), steps=1, scheduler="kl_optimal")
 
 
+@pytest.mark.parametrize("width", [8, 72])
+def test_a_vae_that_draws_no_picture(parts, width):
+    """The host's own loader takes damaged numbers, which would go on as a black picture."""
+    from quanttune.quant import QuantTuneError
+
+    vae = small_vae()
+    vae.first_stage_model.decoder.conv_out.bias[1] = torch.nan
+    with pytest.raises(QuantTuneError, match=r"VAE drew NaN.*; get the upscaler's file again"):
+        run((parts[0], vae), image(8, width), steps=1)
+
+
 def test_another_model_or_vae(parts):
     import comfy.sd
 
