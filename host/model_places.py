@@ -53,7 +53,7 @@ def is_pipeline(path: str, inside: list[str]) -> bool:
 def _walk(folder: str, depth: int, is_one: Callable[[str, list[str]], bool]) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
-            inside = {entry.name: entry.is_dir() for entry in entries}
+            inside = {entry.name: _is_folder(entry) for entry in entries}
     except OSError:
         return
     if is_one(folder, sorted(inside)):
@@ -62,3 +62,10 @@ def _walk(folder: str, depth: int, is_one: Callable[[str, list[str]], bool]) -> 
         for name in sorted(name for name, is_folder in inside.items() if is_folder):
             if not name.startswith("."):
                 yield from _walk(os.path.join(folder, name), depth - 1, is_one)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where this user may not look
+        return False

@@ -32,6 +32,14 @@ class TestList:
         told("class 'StableDiffusionPipeline'", "other/")
         told("model_index.json is missing", "half/")
 
+    @pytest.mark.parametrize("where", ["diffusers/loop", "diffusers/x4/loop"])
+    @pytest.mark.parametrize("target", ["loop", "x" * 300, "gone"])
+    def test_a_link_to_nowhere_hides_nothing(self, where, target, upscaler_folder, host_folders):
+        from quanttune.host.upscaler_files import upscaler_names
+
+        (host_folders / "models" / where).symlink_to(target)
+        assert upscaler_names() == [SHIPPED, "x4/"]
+
     @pytest.mark.parametrize("name", ["gone.safetensors", "gone/", "../x4/", "/", "", "\0", "x4"])
     def test_what_is_gone_is_told_with_the_place_to_put_it(self, name, upscaler_folder):
         message = told("is not there", name)
