@@ -162,6 +162,9 @@ def check_conditioning(model, positive: Sequence, negative: Sequence) -> tuple[l
 
 def check_patches(model, tiles: int) -> None:
     """Raise QuantTuneError for a patch of the model that is wrong where there are several tiles."""
+    if tiles > 1 and model.model_options.get("context_handler") is not None:
+        raise QuantTuneError("The model is patched by 'Context Windows', which cuts the image into "
+                             "pieces of its own; take that node out.")
     patches = model.model_options.get("sampler_post_cfg_function", ())
     if tiles > 1 and any(getattr(patch, "__qualname__", "").startswith("SelfAttentionGuidance.")
                          for patch in patches):

@@ -181,3 +181,12 @@ def test_self_attention_guidance_sees_one_tile_only(parts):
     patched = run_node(SelfAttentionGuidance, model=model, scale=0.5, blur_sigma=2.0).args[0]
     with pytest.raises(QuantTuneError, match="'Self-Attention Guidance'.* tile_size"):
         run((patched, vae), image(72, 64), steps=1)
+
+
+def test_context_windows_are_no_tiles(parts):
+    from quanttune.quant import QuantTuneError
+
+    model, vae = parts[0].clone(), parts[1]
+    model.model_options["context_handler"] = object()  # where 'Context Windows' keeps its own
+    with pytest.raises(QuantTuneError, match="'Context Windows'.* take that node out"):
+        run((model, vae), image(72, 64), steps=1)
