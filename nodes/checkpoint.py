@@ -43,6 +43,8 @@ class LoadQuantizedUNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name, bits="auto"):
+        if unet_name is None:  # another node gives it
+            return ""
         return quantized_unet_state(folders.unet_path(unet_name))
 
     @classmethod

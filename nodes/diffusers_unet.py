@@ -53,7 +53,7 @@ class LoadDiffusersUNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet, precision):
-        return unet_state(unet)
+        return "" if unet is None else unet_state(unet)  # another node's name
 
     @classmethod
     def execute(cls, unet, precision) -> io.NodeOutput:

@@ -92,6 +92,8 @@ class LoadScales(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, scale_name):
+        if scale_name is None:  # another node gives it
+            return ""
         return folders.file_state(folders.scales_path(scale_name))
 
     @classmethod

@@ -57,7 +57,7 @@ class LoadUpscaler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, upscaler, precision):
-        return upscaler_state(upscaler)
+        return "" if upscaler is None else upscaler_state(upscaler)  # another node's name
 
     @classmethod
     def execute(cls, upscaler, precision) -> io.NodeOutput:
