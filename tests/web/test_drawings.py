@@ -197,6 +197,15 @@ def wait_for_points(page, number):
             (sum, e) => sum + e.getAttribute('d').split('M').length - 1, 0)""", arg=number)
 
 
+def axis(page):
+    """Heights and texts of the labels left of a chart, from the top."""
+    labels = page.page.eval_on_selector_all(
+        ".quanttune-chart text[text-anchor=end]",
+        "(all) => all.filter((e) => e.getAttribute('x') === '35')"
+        ".map((e) => [Number(e.getAttribute('y')), e.textContent])")
+    return sorted((y, text) for y, text in labels if text not in ("expert", "t"))
+
+
 def test_a_run_draws_losses_experts_steps_and_sizes(page, comfy_server):
     comfy_server.forget_results()
     open_graph(page, graph())
@@ -314,14 +323,56 @@ def test_a_training_that_diverges_has_labels_that_can_be_read(page):
     wild = [[[s, 0.1 * 10 ** (s / 12)] for s in range(1, 400, 3)], *[[]] * (EXPERTS - 1)]
     send(page, "quanttune.losses", losses(400, points=wild))
     wait_for_count(page, ".quanttune-line", 1)
-    labels = page.page.eval_on_selector_all(
-        ".quanttune-chart text[text-anchor=end]",
-        "(all) => all.filter((e) => e.getAttribute('x') === '35')"
-        ".map((e) => [Number(e.getAttribute('y')), e.textContent])")
-    heights = sorted(y for y, text in labels if text not in ("expert", "t"))
+    labels = axis(page)
+    heights = [y for y, _ in labels]
     assert 3 <= len(heights) <= 7
     assert all(b - a > 9 for a, b in zip(heights, heights[1:]))
     assert not [text for _, text in labels if "e" in text and text.endswith("k")]
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("loss", [0.9137, 1e20, 0])
+def test_losses_that_are_all_the_same_are_a_line_in_the_middle(loss, page):
+    # The last digits of their means differ: ticks that close would never come to an end.
+    load(page, alone("5"))
+    same = [[[step, loss] for step in range(1, 11)]] * EXPERTS
+    send(page, "quanttune.losses", losses(10, points=same))
+    wait_for_count(page, ".quanttune-line", EXPERTS)
+    labels = [text for _, text in axis(page)]
+    assert 2 <= len(labels) <= 6 and len({float(t.rstrip("k")) for t in labels}) >= 2, labels
+    heights = page.page.eval_on_selector_all(
+        ".quanttune-chart circle", "(all) => all.map((e) => Number(e.getAttribute('cy')))")
+    top, bottom = axis(page)[0][0], axis(page)[-1][0]
+    assert all(top - 40 < y < bottom + 40 for y in heights)
+    assert page.errors == []
+
+
+def test_losses_no_chart_could_hold_are_thinned_and_sorted_out(page):
+    load(page, alone("5"))
+    line = [[step, 0.3 + 0.2 * math.sin(step)] for step in range(1, 6001)]
+    wild = [[1, 1e300], [2, -1e308], [3, 0.5], [2, 0.4], [9, 0.3], [1, 0.2]]
+    name = "損失" * 50_000
+    send(page, "quanttune.losses", losses(6000, 6000, points=[line, wild, [], []], run=name))
+    wait_for_count(page, ".quanttune-line", 2)
+    points = page.page.eval_on_selector_all(
+        ".quanttune-points", "(all) => all.map((e) => e.getAttribute('d').split('M').length - 1)")
+    assert 256 <= points[0] <= 512 and points[1] == 4
+    paths = page.page.eval_on_selector_all(
+        ".quanttune-chart path", "(all) => all.map((e) => e.getAttribute('d')).join()")
+    assert "NaN" not in paths and "Infinity" not in paths
+    # The name of the run is cut off before what stands on its right.
+    name, told = page.page.evaluate("""() => {
+        const all = [...document.querySelectorAll('.quanttune-chart text')];
+        return [/^損失.*…$/, /^step 6000/].map((text) => {
+            const place = all.find((e) => text.test(e.textContent)).getBoundingClientRect();
+            return [place.left, place.right];
+        });
+    }""")
+    assert name[1] < told[0]
+    more = losses(6000, 6000, whole=False, run=("損失" * 100), points=[line, [], [], []])
+    send(page, "quanttune.losses", more)
+    assert page.page.evaluate("""() => [...document.querySelectorAll('.quanttune-points')].every(
+        (e) => e.getAttribute('d').split('M').length <= 513)""")
     assert page.errors == []
 
 

@@ -62,11 +62,9 @@ export class LossChart extends Drawing {
     const text = now + word("step {step} of {steps}", state);
     label(svg, LEFT, 13, word("loss"));
     label(svg, width - RIGHT, 13, text, { "text-anchor": "end", fill: THEME.text });
-    const room = (width - LEFT - RIGHT) / 5.6 - widthOf(text) / 5.6 - 8;
-    if (room > 5) {
-      const name = String(state.run ?? "");
-      label(svg, LEFT + 26, 13, name.length > room ? `${name.slice(0, room - 1)}…` : name);
-    }
+    const start = LEFT + widthOf(word("loss")) + 5;
+    const name = shortened(String(state.run ?? ""), width - RIGHT - widthOf(text) - 12 - start);
+    if (name) label(svg, start, 13, name);
     this.svg.setAttribute("aria-label", word("Loss of {run}: {text}", { run: state.run, text }));
   }
 
@@ -93,6 +91,14 @@ export class LossChart extends Drawing {
       }
     });
   }
+}
+
+/** A text, or its beginning, in so many pixels; nothing where less than some letters fit. */
+function shortened(text, width) {
+  if (widthOf(text) <= width) return text;
+  const signs = [...text].slice(0, Math.max(0, Math.floor(width / 5.8)));
+  while (signs.length && widthOf(`${signs.join("")}…`) > width) signs.pop();
+  return signs.length > 3 ? `${signs.join("")}…` : "";
 }
 
 /** Axes, their labels, and lines across. */

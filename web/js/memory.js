@@ -4,6 +4,11 @@ const MOST_GRAPHS = 50;
 const MOST_NODES = 200;
 const MOST_EXPERTS = 1000;
 const MOST_LETTERS = 20_000;
+const MOST_NAME = 200;
+/** Of all experts together; the server sends a quarter of it. */
+const MOST_POINTS = 2048;
+/** No loss in float32 is larger, and sums of such are numbers. */
+const LARGEST = 3.5e38;
 
 function whole(value, low, high, otherwise) {
   return Number.isInteger(value) && value >= low && value <= high ? value : otherwise;
@@ -13,14 +18,26 @@ function share(value) {
   return Number.isFinite(value) && value >= 0 && value <= 1;
 }
 
+/** A point that can be drawn: `[step, loss]`. */
+function isPoint(told) {
+  return Array.isArray(told) && Number.isFinite(told[0]) && Math.abs(told[1]) <= LARGEST &&
+    typeof told[1] === "number";
+}
+
+/** Points of one of so many experts, evenly left out where there are too many to draw. */
+function thinned(points, experts) {
+  const every = Math.ceil(points.length / Math.max(8, MOST_POINTS / experts));
+  return every > 1 ? points.filter((_, index) => index % every === 0) : points;
+}
+
 /** A message of losses with nothing in it that could not be drawn; null if nothing is left. */
 function cleanLosses(told) {
   const experts = whole(told?.experts, 1, MOST_EXPERTS, 0);
   if (!experts || !Array.isArray(told.points) || told.points.length !== experts) return null;
-  const points = told.points.map((own) => (Array.isArray(own) ? own : []).filter(
-    (p) => Array.isArray(p) && Number.isFinite(p[0]) && Number.isFinite(p[1])));
+  const points = told.points.map(
+    (own) => thinned((Array.isArray(own) ? own : []).filter(isPoint), experts));
   return {
-    ...told, experts, points, run: String(told.run ?? ""),
+    ...told, experts, points, run: String(told.run ?? "").slice(0, MOST_NAME),
     steps: whole(told.steps, 1, Infinity, 1), step: whole(told.step, 0, Infinity, 0),
     timesteps: whole(told.timesteps, 1, Infinity, 1000),
   };
@@ -90,7 +107,8 @@ export class Memory {
     if (!told.whole) {
       // Without a beginning, the next whole message has to be waited for.
       if (before?.run !== told.run || before.points.length !== told.points.length) return false;
-      told.points = before.points.map((own, e) => [...own, ...told.points[e]]);
+      told.points = before.points.map(
+        (own, e) => thinned([...own, ...told.points[e]], told.experts));
     }
     this.add(graph, told.node, { losses: told }, told.prompt);
     return true;

@@ -1,9 +1,13 @@
 /** The arithmetic of the loss chart. */
 
+/** The axis of losses is at least so much of the largest high: three figures tell its ticks apart. */
+const LEAST = 0.02;
+
 /** Round numbers from `low` to `high`, about `count` steps apart. */
 export function ticksOf(low, high, count) {
   const rough = (high - low) / count;
-  if (!(rough > 0)) return [low];
+  // Between numbers too close to count from one to the other there is nothing to tell apart.
+  if (!(rough > 1e-9 * Math.max(Math.abs(low), Math.abs(high)))) return [low];
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
   const ticks = [];
@@ -37,7 +41,7 @@ export function smoothed(points) {
   const width = Math.max(0.04 * span, (2 * span) / (count - 1));
   if (!(width > 0)) return points.slice();
   let first = 0;
-  return points.map(([step]) => {
+  return points.map(([step, loss]) => {
     while (points[first][0] < step - 3 * width) first++;
     let weights = 0;
     let sum = 0;
@@ -46,7 +50,7 @@ export function smoothed(points) {
       weights += weight;
       sum += weight * points[j][1];
     }
-    return [step, sum / weights];
+    return [step, weights ? sum / weights : loss];
   });
 }
 
@@ -57,12 +61,13 @@ export function smoothed(points) {
  * experts' losses are of different sizes: they usually are, since each has its own noise.
  */
 export function verticalAxis(points, lines) {
-  const raw = points.flat().map((p) => p[1]).filter(Number.isFinite).sort((a, b) => a - b);
+  const values = (all) => all.flat().map((p) => p[1]).filter(Number.isFinite);
+  const raw = values(points).sort((a, b) => a - b);
   if (!raw.length) return { ticks: [0, 0.5, 1], place: (v) => v };
-  const smooth = lines.flat().map((p) => p[1]);
   const quantile = (q) => raw[Math.round(q * (raw.length - 1))];
-  let low = Math.min(...smooth, quantile(0.025));
-  let high = Math.max(...smooth, quantile(0.975));
+  const shown = [...values(lines), quantile(0.025), quantile(0.975)];
+  let low = shown.reduce((a, b) => Math.min(a, b));
+  let high = shown.reduce((a, b) => Math.max(a, b));
   if (low > 0 && high / low > 6) {
     const bottom = Math.log10(low) - 0.05;
     const range = Math.log10(high) + 0.05 - bottom;
@@ -76,7 +81,9 @@ export function verticalAxis(points, lines) {
     const place = (v) => (Math.log10(Math.max(v, 1e-30)) - bottom) / range;
     return { ticks: ticks.filter((t) => place(t) >= 0 && place(t) <= 1), place };
   }
-  const margin = 0.06 * (high - low) || 0.1 * Math.abs(high) || 0.5;
+  // Losses that are all the same, but for the last digits of their means, lie in the middle.
+  const least = LEAST * Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const margin = Math.max(0.06 * (high - low), (least - (high - low)) / 2);
   low -= margin;
   high += margin;
   return { ticks: ticksOf(low, high, 3), place: (v) => (v - low) / (high - low) };
