@@ -15,6 +15,7 @@ from quanttune.tests.web.test_drawings import (
     sampling,
     send,
     tab,
+    wait_for_text,
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.timeout(300)]
@@ -277,4 +278,133 @@ def test_messages_go_to_the_workflow_they_are_of(facts, page):
     assert shown(page) == [[1, None, "of the second"]]
     send(page, "executed", {**done, "output": {"text": ["too late"]}})
     assert shown(page) == [[1, None, "of the second"]]
+    assert page.errors == []
+
+
+KEPT = """() => {
+    window.dispatchEvent(new Event('pagehide'));
+    return JSON.parse(sessionStorage.getItem('quanttune.drawn'));
+}"""
+SAID = {"quanttune_badge": ["4-bit · 0.40 GiB"], "text": ["of the first"]}
+
+
+def done(number="1", prompt="first", **output):
+    """A message of a node that has run."""
+    return {"node": number, "display_node": number, "prompt_id": prompt, "output": output or SAID}
+
+
+def reconnect(page, asked, last):
+    """The connection was lost and is there again; what was asked for, up to the last of it."""
+    asked.clear()
+    send(page, "reconnected", None)
+    end = time.monotonic() + 120
+    while last not in asked and time.monotonic() < end:
+        page.page.wait_for_timeout(50)
+    return list(asked)
+
+
+def test_a_second_tab_of_a_file_leaves_the_first_what_it_shows(page):
+    page.load(training(id=SAME))
+    first = tab(page)
+    pretend(page, "first")
+    send(page, "quanttune.losses", losses(prompt="first"))
+    send(page, "executed", done())
+    page.load(training(id=SAME))
+    second = tab(page)
+    fit(page)
+    assert second != first and shown(page) == [] and count(page, ".quanttune-line") == 0
+    send(page, "quanttune.losses", losses(280, prompt="first"))
+    assert count(page, ".quanttune-line") == 0
+    go_to(page, first)
+    until(page, [[1, "4-bit · 0.40 GiB", "of the first"]])
+    wait_for_text(page, "chart", "step 280 of 400")
+    send(page, "quanttune.losses", losses(300, prompt="first"))
+    wait_for_text(page, "chart", "step 300 of 400")
+    # Both are told apart after a reload, too.
+    page.page.evaluate(PERSIST, True)
+    go_to(page, second)
+    page.reload()
+    fit(page)
+    assert tab(page) == second and shown(page) == [] and count(page, ".quanttune-line") == 0
+    page.reload()
+    go_to(page, first)
+    until(page, [[1, "4-bit · 0.40 GiB", "of the first"]])
+    wait_for_text(page, "chart", "step 300 of 400")
+    send(page, "quanttune.losses", losses(320, prompt="first"))
+    wait_for_text(page, "chart", "step 320 of 400")
+    assert page.errors == []
+
+
+def test_what_the_server_knows_nothing_of_is_asked_for_once(page):
+    page.load(training())
+    for prompt in ("lost", "waits", "broken", "first"):
+        pretend(page, prompt)
+    asked = []
+
+    def history(route):
+        prompt = route.request.url.rpartition("/")[2]
+        asked.append(prompt)
+        if prompt == "broken":  # another pack's NaN
+            return route.fulfill(body='{"broken": {"outputs": {"3": {"value": [NaN]}}}}')
+        return route.fulfill(json={"first": {"outputs": {"1": SAID}}} if prompt == "first" else {})
+
+    def queue(route):
+        return route.fulfill(json={"queue_running": [], "queue_pending": [[1, "waits", {}]]})
+
+    page.page.route("**/history/*", history)
+    # A server that does not tell what waits may yet know of it.
+    page.page.route("**/queue", lambda route: route.fulfill(status=500))
+    assert reconnect(page, asked, "first") == ["lost", "waits", "broken", "first"]
+    until(page, [[1, "4-bit · 0.40 GiB", "of the first"]])
+    page.page.unroute("**/queue")
+    page.page.route("**/queue", queue)
+    assert reconnect(page, asked, "broken") == ["lost", "broken"]
+    assert reconnect(page, asked, "broken") == ["broken"]
+    assert page.errors == []
+
+
+def test_only_what_can_be_drawn_is_kept(page):
+    page.load(workflow(id=SAME))
+    pretend(page, "first")
+    send(page, "executed", done())
+    send(page, "executed", done("9", text=["of another pack"]))
+    page.load(training())
+    send(page, "executed", done("4", text=["of ours"]))
+    send(page, "executed", done("10", text=["of another pack"]))
+    kept = page.page.evaluate(KEPT)
+    assert sorted(number for _, number, _ in kept["nodes"]) == ["1", "4"]
+    assert {graph for graph, *_ in kept["nodes"]} == {SAME}
+    # Storage that is full, and none at all.
+    page.page.evaluate("""() => {
+        const set = Storage.prototype.setItem;
+        window.room = 2000;
+        Storage.prototype.setItem = function (key, value) {
+            if (value.length > window.room) throw new DOMException('full', 'QuotaExceededError');
+            return set.call(this, key, value);
+        };
+    }""")
+    pretend(page, "losses")
+    send(page, "quanttune.losses", losses(prompt="losses"))
+    kept = page.page.evaluate(KEPT)
+    assert kept["nodes"] == [] and "losses" in [prompt for prompt, *_ in kept["prompts"]]
+    assert page.errors == []
+    page.page.evaluate("() => { window.room = 0 }")
+    assert page.page.evaluate(KEPT) is None
+    assert len(page.errors) == 1 and "full" in page.errors.pop()
+    page.page.evaluate("() => { window.room = Infinity }")
+
+
+def test_another_node_of_the_same_number_has_nothing_of_the_former(page):
+    page.load(training(id=SAME))
+    pretend(page, "first")
+    send(page, "executed", done())
+    changed = training(id=SAME)
+    changed["nodes"][0]["type"] = "QuantTuneLoadStarterModel"
+    page.page.evaluate("""async (changed) => {
+        const { activeWorkflow } = window.app.extensionManager.workflow;
+        await window.app.loadGraphData(changed, true, true, activeWorkflow);
+    }""", changed)
+    send(page, "executed", done("6", text=["draw"]))
+    fit(page)
+    assert shown(page) == [[6, None, "draw"]]
     assert page.errors == []

@@ -123,11 +123,11 @@ export class Memory {
     return told.nodes;
   }
 
-  /** The output of a node that is done; returns whether there is something to draw. */
-  executed(id, told, graph) {
+  /** The output of a node that is done, and its type if known; whether there is something to draw. */
+  executed(id, told, graph, type) {
     const facts = factsOf(told?.output);
     if (!Object.keys(facts).length) return false;
-    this.add(graph, id, facts, told.prompt_id);
+    this.add(graph, id, type ? { ...facts, type } : facts, told.prompt_id);
     return true;
   }
 
@@ -137,9 +137,9 @@ export class Memory {
   }
 
   /** An output that the frontend had kept. */
-  found(id, output, graph) {
+  found(id, output, graph, type) {
     if (this.of(graph, id) || this.wrong.has(`${graph}:${id}`)) return;
-    this.executed(id, { output }, graph);
+    this.executed(id, { output }, graph, type);
   }
 
   /** No timeline shows a present step any more, unless its sampler is `except`; where they are. */

@@ -6,7 +6,7 @@ import { showBadge } from "./badge.js";
 import { LossChart } from "./chart.js";
 import { Memory, cleanExperts } from "./memory.js";
 import {
-  catchUp, ended, follow, kept, placeOf, restore, rootGraph, screen, tab, wasAway,
+  catchUp, ended, follow, kept, placeOf, restore, rootGraph, screen, tab, typeOf, wasAway,
 } from "./places.js";
 import { showReport } from "./report_text.js";
 import { ExpertTimeline } from "./timeline.js";
@@ -24,8 +24,8 @@ const LETTERS = 300_000;
 
 const memory = new Memory();
 const panels = new WeakMap();
-/** Tabs of the workflows that were open before the page was loaded again. */
-const reloaded = new Map();
+/** Ids and tabs of the workflows that were open before the page was loaded again. */
+const reloaded = new Set();
 
 /** The node of an id of the server: "5", or "5:3" for node 3 within the subgraph node 5. */
 function nodeOf(id) {
@@ -50,6 +50,17 @@ function addPanel(node, name, panel) {
   panels.set(node, panel);
 }
 
+function isOurs(type) {
+  return Boolean(type?.startsWith?.(PREFIX));
+}
+
+/** Learn the output of a node; whether there is something to draw. That of other packs' is not. */
+function learn(id, told, where) {
+  const type = where === screen() ? nodeOf(id)?.type : typeOf(where, id);
+  // Of a workflow that is not open any more, nobody knows.
+  return (type == null || isOurs(type)) && memory.executed(id, told, where, type);
+}
+
 /** Draw what is known of nodes of the workflow on screen; nothing of one that is `where` else. */
 function draw(ids = memory.ids(screen()), where = screen()) {
   if (where === screen()) for (const id of ids) drawNode(id);
@@ -58,7 +69,9 @@ function draw(ids = memory.ids(screen()), where = screen()) {
 function drawNode(id) {
   const node = nodeOf(id);
   const known = memory.of(screen(), id);
-  if (!known || !node?.type?.startsWith?.(PREFIX)) return;
+  if (!known || !isOurs(node?.type)) return;
+  // The graph was emptied, and its ids begin anew.
+  if (known.type && known.type !== node.type) return;
   const panel = panels.get(node);
   if (panel instanceof LossChart && known.losses) panel.show(known.losses);
   if (panel instanceof ExpertTimeline) panel.show({ ...fileOf.get(node), ...known });
@@ -107,16 +120,24 @@ async function drawMissed() {
   for (const [prompt_id, outputs] of await catchUp()) {
     const where = placeOf(prompt_id);
     for (const [id, output] of Object.entries(outputs)) {
-      if (memory.executed(id, { output, prompt_id }, where)) draw([id], where);
+      if (learn(id, { output, prompt_id }, where)) draw([id], where);
     }
   }
 }
 
-/** Keep what is drawn for when the page is loaded again. */
+/** Keep what is drawn for when the page is loaded again; less of it where there is no room. */
 function keep() {
   const { prompts, tabs } = kept();
-  const nodes = memory.kept(LETTERS);
-  sessionStorage.setItem(KEPT, JSON.stringify({ prompts, tabs, nodes }));
+  // What was kept before is not of now.
+  sessionStorage.removeItem(KEPT);
+  for (const letters of [LETTERS, LETTERS / 10, 0]) {
+    const told = JSON.stringify({ prompts, tabs, nodes: memory.kept(letters) });
+    try {
+      return sessionStorage.setItem(KEPT, told);
+    } catch (error) {
+      if (!letters) throw error;
+    }
+  }
 }
 
 function takeUp() {
@@ -124,17 +145,15 @@ function takeUp() {
   if (!told) return;
   restore(told);
   memory.restore(told.nodes);
-  for (const [id, path] of told.tabs) reloaded.set(id, path);
+  for (const [id, path] of told.tabs) reloaded.add(`${id}|${path}`);
 }
 
 /** Draw a workflow that was there before the page was loaded, once its tab is the one on screen. */
 function drawReloaded(turns = 100) {
   const id = String(rootGraph()?.id ?? "");
-  if (!reloaded.has(id)) return;
-  if (reloaded.get(id) === tab()) {
-    reloaded.delete(id);
+  if (reloaded.delete(`${id}|${tab()}`)) {
     draw();
-  } else if (turns) {
+  } else if (turns && [...reloaded].some((one) => one.startsWith(`${id}|`))) {
     setTimeout(() => safely(() => drawReloaded(turns - 1)), 100);
   }
 }
@@ -162,7 +181,7 @@ app.registerExtension({
       const where = placeOf(told?.prompt_id);
       // The frontend gives it to the graph on screen, whichever that is.
       if (where !== screen()) memory.mistaken(screen(), id);
-      if (memory.executed(id, told, where)) draw([id], where);
+      if (learn(id, told, where)) draw([id], where);
     });
     listen("executing", (told) => {
       const node = typeof told === "object" ? told?.node : told;
@@ -210,7 +229,10 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) {
     // Back at another tab, after an undo, or from the list of jobs: its nodes are new.
     safely(() => {
-      for (const [id, output] of Object.entries(outputs ?? {})) memory.found(id, output, screen());
+      for (const [id, output] of Object.entries(outputs ?? {})) {
+        const type = nodeOf(id)?.type;
+        if (isOurs(type)) memory.found(id, output, screen(), type);
+      }
       draw();
     });
   },
