@@ -376,6 +376,56 @@ def test_losses_no_chart_could_hold_are_thinned_and_sorted_out(page):
     assert page.errors == []
 
 
+# What our scripts ask for, and nothing that would be kept for other tests.
+LANGUAGE = """(language) => {
+    const { setting } = window.app.extensionManager;
+    window.before ??= setting.get;
+    setting.get = (name) => name === 'Comfy.Locale' ? language : window.before.call(setting, name);
+}"""
+OVERLAPS = """() => [...document.querySelectorAll(
+    '.quanttune-timeline svg, .quanttune-chart svg')].flatMap((svg) => {
+    const all = [...svg.querySelectorAll('text')].filter((e) => e.textContent);
+    const { left, right } = svg.getBoundingClientRect();
+    const boxes = all.map((e) => [e.textContent, e.getBoundingClientRect()]);
+    return boxes.flatMap(([text, a], i) => [
+      ...(a.left < left - 1 || a.right > right + 1 ? [`${text} is cut off`] : []),
+      ...boxes.slice(i + 1).filter(([, b]) => a.left < b.right - 1 && b.left < a.right - 1
+        && a.top < b.bottom - 4 && b.top < a.bottom - 4).map(([other]) => `${text} on ${other}`),
+    ]);
+})"""
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_texts_fit_into_a_narrow_node(language, page):
+    width = 160
+    load(page, alone("5", "6"))
+    page.page.evaluate(LANGUAGE, language)
+    try:
+        fit_into(width, page)
+    finally:
+        page.page.evaluate(LANGUAGE, "en")
+
+
+def fit_into(width, page):
+    """All texts lie within their drawings and beside each other, before, during and after a run."""
+    page.page.evaluate("""(width) => {
+        for (const node of window.app.rootGraph.nodes) node.setSize([width, node.size[1]]);
+        window.app.canvas.setDirty(true, true);
+    }""", width)
+    page.page.wait_for_function("""(width) => [...document.querySelectorAll(
+        '.quanttune-chart, .quanttune-timeline')].every((e) => e.clientWidth < width
+        && e.firstChild.getAttribute('viewBox').includes(` ${e.clientWidth} `))""", arg=width)
+    assert page.page.evaluate(OVERLAPS) == []
+    send(page, "quanttune.losses", losses(run="a-run-of-a-very-long-name-indeed"))
+    send(page, "executed", {"node": "6", "display_node": "6", "prompt_id": PROMPT[-1], "output": {
+        "quanttune_experts": [{"experts": EXPERTS, "timesteps": 1000}]}})
+    send(page, "quanttune.experts", sampling(0.6493))
+    wait_for_count(page, ".quanttune-now", 1)
+    wait_for_count(page, ".quanttune-line", EXPERTS)
+    assert page.page.evaluate(OVERLAPS) == []
+    assert page.errors == []
+
+
 def test_a_chosen_file_tells_its_experts_before_any_run(page, comfy_server):
     load(page, alone("6"))
     page.page.evaluate("""() => {

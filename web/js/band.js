@@ -2,16 +2,12 @@
 
 import { colourOf, inkOn } from "./colours.js";
 import { hint, label, shape } from "./drawing.js";
+import { widthOf } from "./text_width.js";
 import { word } from "./words.js";
 
 /** The expert, from 0 on, that serves a timestep given as a share of T. */
 export function expertAt(share, count) {
   return Math.min(count - 1, Math.max(0, Math.floor(share * count + 1e-9)));
-}
-
-/** About how wide a text is drawn, in pixels: Chinese and Japanese letters are twice as wide. */
-export function widthOf(text) {
-  return [...text].reduce((sum, sign) => sum + (sign > "\u2e80" ? 11 : 5.8), 0);
 }
 
 /** First and last timestep of an expert. */

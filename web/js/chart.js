@@ -1,9 +1,10 @@
 /** The losses of a training while it runs: a line an expert, and the experts' intervals below. */
 
-import { drawBand, intervalOf, numbersOf, widthOf } from "./band.js";
+import { drawBand, intervalOf, numbersOf } from "./band.js";
 import { THEME, colourOf } from "./colours.js";
-import { Drawing, hint, label, shape } from "./drawing.js";
+import { Drawing, hint, label, note, shape } from "./drawing.js";
 import { numberText, reach, smoothed, ticksOf, verticalAxis } from "./scales.js";
+import { pressed, shortened, widthOf } from "./text_width.js";
 import { word } from "./words.js";
 
 const LEFT = 40;
@@ -31,13 +32,11 @@ export class LossChart extends Drawing {
   draw(svg, width, height) {
     const state = this.state;
     if (!state) {
-      label(svg, width / 2, height / 2, word("The loss is drawn here while it trains"), {
-        "text-anchor": "middle",
-      });
+      note(svg, width, height, word("The loss is drawn here while it trains"));
       return;
     }
     const box = {
-      left: LEFT, top: TOP, width: width - LEFT - RIGHT,
+      left: LEFT, top: TOP, width: Math.max(1, width - LEFT - RIGHT),
       height: height - TOP - (this.banded ? 58 : 20),
     };
     const lines = state.points.map(smoothed);
@@ -60,9 +59,11 @@ export class LossChart extends Drawing {
   title(svg, width, state, last) {
     const now = this.banded || last[0] === null ? "" : `${word("loss")} ${numberText(last[0])} · `;
     const text = now + word("step {step} of {steps}", state);
-    label(svg, LEFT, 13, word("loss"));
-    label(svg, width - RIGHT, 13, text, { "text-anchor": "end", fill: THEME.text });
+    label(svg, width - RIGHT, 13, shortened(text, width - RIGHT), {
+      "text-anchor": "end", fill: THEME.text,
+    });
     const start = LEFT + widthOf(word("loss")) + 5;
+    if (start + widthOf(text) <= width - RIGHT) label(svg, LEFT, 13, word("loss"));
     const name = shortened(String(state.run ?? ""), width - RIGHT - widthOf(text) - 12 - start);
     if (name) label(svg, start, 13, name);
     this.svg.setAttribute("aria-label", word("Loss of {run}: {text}", { run: state.run, text }));
@@ -75,7 +76,10 @@ export class LossChart extends Drawing {
     const losses = last.map((l, e) => (l === null ? `${e + 1}` : `${e + 1}: ${numberText(l)}`));
     drawBand(svg, { left: box.left, top, width: box.width, height: 18 }, experts, timesteps,
       [losses, numbersOf(experts)]);
-    label(svg, box.left - 5, top + 13, word("expert"), { "text-anchor": "end" });
+    const name = word("expert");
+    label(svg, box.left - 5, top + 13, name, {
+      "text-anchor": "end", ...pressed(name, box.left - 5),
+    });
     label(svg, box.left - 5, top + 30, "t", { "text-anchor": "end" });
     const width = box.width / experts;
     const texts = state.points.map((_, e) => intervalOf(e, experts, timesteps));
@@ -91,14 +95,6 @@ export class LossChart extends Drawing {
       }
     });
   }
-}
-
-/** A text, or its beginning, in so many pixels; nothing where less than some letters fit. */
-function shortened(text, width) {
-  if (widthOf(text) <= width) return text;
-  const signs = [...text].slice(0, Math.max(0, Math.floor(width / 5.8)));
-  while (signs.length && widthOf(`${signs.join("")}…`) > width) signs.pop();
-  return signs.length > 3 ? `${signs.join("")}…` : "";
 }
 
 /** Axes, their labels, and lines across. */

@@ -1,6 +1,7 @@
 /** A panel with an SVG drawing in it that follows its size; sharp at any zoom and pixel density. */
 
 import { THEME } from "./colours.js";
+import { wrapped } from "./text_width.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -17,6 +18,16 @@ export function label(parent, x, y, content, attributes) {
   const element = shape("text", { x, y, fill: THEME.faint, ...attributes }, parent);
   element.textContent = content;
   return element;
+}
+
+/** A text in the middle of a drawing, in as many lines as it takes. */
+export function note(parent, width, height, content) {
+  const lines = wrapped(content, width - 8);
+  lines.forEach((line, index) => {
+    label(parent, width / 2, height / 2 + 3.5 + 12 * (index - (lines.length - 1) / 2), line, {
+      "text-anchor": "middle",
+    });
+  });
 }
 
 /** What a pointer that rests on an element is told. */

@@ -2,7 +2,8 @@
 
 import { drawBand, expertAt, numbersOf, placeOf } from "./band.js";
 import { THEME, colourOf } from "./colours.js";
-import { Drawing, label, shape } from "./drawing.js";
+import { Drawing, label, note, shape } from "./drawing.js";
+import { shortened, widthOf } from "./text_width.js";
 import { word } from "./words.js";
 
 const EDGE = 8;
@@ -26,9 +27,7 @@ export class ExpertTimeline extends Drawing {
   draw(svg, width, height) {
     const { experts, timesteps = 1000, steps = [], at = null } = this.state;
     if (!experts) {
-      label(svg, width / 2, height / 2 + 3.5, word("The experts are shown after the first run"), {
-        "text-anchor": "middle",
-      });
+      note(svg, width, height, word("The experts are shown after the first run"));
       return;
     }
     const inner = width - 2 * EDGE;
@@ -54,10 +53,16 @@ export class ExpertTimeline extends Drawing {
       }, svg);
     }
     const base = height - 7;
-    label(svg, EDGE, base, word("noise"));
-    label(svg, width - EDGE, base, word("image"), { "text-anchor": "end" });
     const text = caption(experts, steps, at, active);
-    label(svg, width / 2, base, text, { "text-anchor": "middle", fill: THEME.text });
+    label(svg, width / 2, base, shortened(text, width), {
+      "text-anchor": "middle", fill: THEME.text,
+    });
+    // In a narrow node the step is worth more than the names of the ends.
+    const [noise, image] = [word("noise"), word("image")];
+    if (inner - widthOf(text) >= 2 * Math.max(widthOf(noise), widthOf(image)) + 8) {
+      label(svg, EDGE, base, noise);
+      label(svg, width - EDGE, base, image, { "text-anchor": "end" });
+    }
     this.svg.setAttribute("aria-label", word("Expert timeline: {text}", { text }));
   }
 }
