@@ -14,10 +14,12 @@ from ..quant import load_qdiffusion as open_checkpoint
 from ..quant.qdiffusion import DOUBTFUL_CUT
 from .describe import describe_config, model_config
 from .float_model import check_fits, unbuilt
+from .lora_keys import brief
 from .unet_names import detect
 
 LDM, DDPM = "LDM", "DDPM"
 """Families of the authors' files that no ComfyUI has a model for: unconditional ones."""
+FIRST_OF_DDPM = "conv_in.weight"
 WHAT = {LDM: "a latent diffusion model without a text encoder", DDPM: "a DDPM of pixels"}
 
 
@@ -55,8 +57,13 @@ def describe_qdiffusion(state: QDiffusionCheckpoint, path: str) -> UNetMetadata:
                   "symmetric": False}
     tensors = {**state.floats, **{f"{name}.weight": torch.empty(layer.shape, device="meta")
                                   for name, layer in state.layers.items()}}
-    if "input_blocks.0.0.weight" not in tensors:
+    if FIRST_OF_DDPM in tensors:
         return UNetMetadata(DDPM, provenance=provenance)
+    if "input_blocks.0.0.weight" not in tensors:
+        raise QuantTuneError(
+            f"The file {os.path.basename(path)} has names of no UNet that is known, such as "
+            f"'{brief(next(iter(state.layers)))}'; choose a checkpoint with the names of LDM or "
+            "DDPM.")
     config = _config(tensors)
     if config is None:
         return UNetMetadata(LDM, provenance=provenance)

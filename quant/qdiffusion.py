@@ -28,14 +28,14 @@ from .errors import QuantTuneError
 from .limits import INTEGER_TYPES, LARGEST_SCALE, LARGEST_ZERO, is_finite, is_whole, largest
 from .paging import let_go
 from .qdiffusion_layer import QDiffusionLayer, Rounding
+from .qdiffusion_names import FIRST, without_prefix
 from .safe_file import refuse_pipe
 from .spec import SUPPORTED_BITS
 from .torch_archive import StoredTensor, TensorArchive, is_archive
 
-FIRST, SECOND = ".weight_quantizer.", ".weight_quantizer_0."
+SECOND = ".weight_quantizer_0."
 ACTIVATIONS = ".act_quantizer"
 PARTS = ("delta", "zero_point", "alpha")
-PREFIXES = ("module.", "model.", "diffusion_model.")
 WIDTHS = ((64.0, 8), (10.0, 4), (5.0, 3))
 """Steps between a channel's lowest and highest weight, and the bits of more than that; else 2."""
 LEAST_USED = 4
@@ -89,7 +89,7 @@ def load_qdiffusion(path: str | os.PathLike[str], bits: int | None = None) -> QD
     if bits is not None and (type(bits) is not int or bits not in SUPPORTED_BITS):
         raise QuantTuneError(f"bits is {bits!r}, but a checkpoint has 2, 3, 4 or 8.")
     archive = TensorArchive(path)
-    tensors = _without_prefix(archive)
+    tensors = without_prefix(archive)
     names = [key.removesuffix(f"{FIRST}delta") for key in tensors if key.endswith(f"{FIRST}delta")]
     found = {name: _Reader(archive.path, name, tensors, bits).read() for name in names}
     for key in tensors:
@@ -138,29 +138,12 @@ def is_qdiffusion(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _without_prefix(archive: TensorArchive) -> dict[str, StoredTensor]:
-    """The tensors by the names that the UNet itself gives them."""
-    tensors = archive.tensors
-    if not any(".weight_quantizer" in key for key in tensors):
-        raise QuantTuneError(
-            f"The file {archive.path} is not a checkpoint of Q-Diffusion: no tensor is called "
-            f"<layer>{FIRST}delta; load an ordinary model with ComfyUI's own loader and quantize "
-            "it."
-        )
-    cut = True
-    while cut:
-        quantized = [key for key in tensors if ".weight_quantizer" in key]
-        cut = next((p for p in PREFIXES if all(k.startswith(p) for k in quantized)), "")
-        if cut:
-            tensors = {key.removeprefix(cut): t for key, t in tensors.items()}
-    return dict(tensors)
-
-
 def _float(path: str, tensor: StoredTensor) -> Tensor:
     """A tensor that stays float."""
-    if tensor.dtype.is_complex:
+    kind = "complex" if tensor.dtype.is_complex else "boolean" if tensor.dtype == torch.bool else ""
+    if kind:
         raise QuantTuneError(
-            f"The file {path} has complex numbers in {tensor.name[:100]!r}; download it again or "
+            f"The file {path} has {kind} numbers in {tensor.name[:100]!r}; download it again or "
             "choose another checkpoint."
         )
     values = tensor.read()

@@ -248,6 +248,9 @@ def test_models_that_comfyui_does_not_have_are_told(comfy_inprocess, tmp_path):
     path = tmp_path / "bedroom_w4a8_ckpt.pth"
     torch.save(synthetic(4, shapes), path)
     assert "without a text encoder" in refused(path)
+    # Under names that nobody knows it is no DDPM.
+    torch.save({f"qnn.{k}": v for k, v in torch.load(path).items()}, path)
+    assert "names of no UNet that is known, such as 'qnn.model." in refused(path)
 
 
 @torch.inference_mode()

@@ -69,12 +69,42 @@ def test_zero_points_outside_of_the_range_are_kept(tmp_path):
     assert torch.equal(layer.zero_point, state[key])
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "module.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "model.diffusion_model.", "module.model._orig_mod."]
+)
 def test_names_have_no_prefix(prefix, tmp_path):
     state = synthetic(4, prefix=prefix)
     found = check_all(state, saved(state, tmp_path), 4, prefix=prefix)
     assert torch.equal(found.floats[f"{LINEAR}.bias"], state[f"{prefix}{LINEAR}.bias"])
     assert set(found.floats) == {*(f"{name}.bias" for name in UNET), "out.0.weight"}
+
+
+def test_the_other_models_of_a_pipeline_are_left_out(tmp_path):
+    state = synthetic(4, prefix="model.diffusion_model.")
+    state |= {
+        "first_stage_model.conv_in.weight": torch.ones(4),
+        "betas": torch.ones(9),
+        "model_ema.out2weight": torch.ones(3),
+    }
+    found = check_all(state, saved(state, tmp_path), 4, prefix="model.diffusion_model.")
+    assert set(found.floats) == {*(f"{name}.bias" for name in UNET), "out.0.weight"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"out.0.weight": torch.full((4,), 50.0)},
+        {f"{LINEAR}.weight": torch.ones(12, 8)},
+        synthetic(4, seed=1, prefix="module."),
+        synthetic(4, seed=1, prefix=""),
+    ],
+    ids=["a float", "a layer's weight", "a model", "a bare model"],
+)
+def test_two_models_in_one_file(other, tmp_path):
+    path = saved({**synthetic(4), **other}, tmp_path)
+    with pytest.raises(QuantTuneError, match="names of more than one model") as caught:
+        load_qdiffusion(path)
+    assert "'model." in str(caught.value)
 
 
 def test_quantizers_of_activations_are_left_out(tmp_path):
@@ -225,10 +255,11 @@ def test_numbers_that_are_to_be_negated(key, tmp_path):
         load_unpickled(path)
 
 
-def test_complex_biases(tmp_path):
+@pytest.mark.parametrize("dtype, what", [(torch.complex64, "complex"), (torch.bool, "boolean")])
+def test_biases_of_other_numbers(dtype, what, tmp_path):
     state = synthetic(4)
-    state[f"model.{LINEAR}.bias"] = state[f"model.{LINEAR}.bias"].to(torch.complex64)
-    with pytest.raises(QuantTuneError, match=f"complex numbers in 'model.{LINEAR}.bias'"):
+    state[f"model.{LINEAR}.bias"] = state[f"model.{LINEAR}.bias"].to(dtype)
+    with pytest.raises(QuantTuneError, match=f"{what} numbers in 'model.{LINEAR}.bias'"):
         load_qdiffusion(saved(state, tmp_path))
 
 
