@@ -26,7 +26,7 @@ def check_apart(
         QuantTuneError: the target is one of them, or a file of their folders.
     """
     target = Path(out)
-    if not target.exists():
+    if not os.path.exists(target):
         return
     for source in sources:
         for path in files_of(Path(source)) if source is not None else ():

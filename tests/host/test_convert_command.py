@@ -122,6 +122,7 @@ def test_targets_are_refused_before_anything_is_read(command, tmp_path):
     out.write_bytes(b"mine")
     for words, what in (((source, out), "exists already"), ((source, source), "both"),
                         ((source, tmp_path / "b.pth"), "does not end in .safetensors"),
+                        ((source, tmp_path / f"{'x' * 300}.safetensors"), "too long"),
                         ((tmp_path / "absent.pth", out), "does not exist")):
         status, told = command(*words)
         assert status == 1 and what in told and told.startswith("Error: ")
