@@ -105,6 +105,8 @@ class ModelFolder:
                 if what := fault(path):
                     trouble = f"{path.name} {what}"
                     break
+            if trouble is None and choice.suffix == ".json":
+                trouble = lacking(choice, files)
             if trouble is None:
                 return files
             troubles.append(trouble)
@@ -128,8 +130,8 @@ def fault(path: Path) -> str | None:
             start = file.read(len(LFS))
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     if not start:
         return "is empty"
     if start == LFS:
@@ -166,6 +168,24 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
     if lacking := _unlisted(names):
         return [], f"{index.name} does not list {lacking}"
     return [index.with_name(name) for name in names], None
+
+
+def lacking(index: Path, files: list[Path]) -> str | None:
+    """What is wrong when an index lists a tensor that is in none of its shards, or None.
+
+    Without this a UNet whose last layers are missing could be taken for a smaller one. Only of
+    safetensors files the names can be read without the numbers; others are not looked at.
+
+    Args:
+        index: that `shards` has found to be whole.
+        files: its shards, as `fault` has found them to be.
+    """
+    if any(path.suffix not in SAFETENSORS for path in files):
+        return None
+    listed = json.loads(index.read_text("utf-8-sig"))["weight_map"]
+    found = set().union(*(read_header(path)[1] for path in files))
+    name = next((name for name in listed if name not in found), None)
+    return name and f"{index.name} lists '{brief(name)}', which none of its files has"
 
 
 def _unlisted(names: list[str]) -> str | None:

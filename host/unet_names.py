@@ -102,6 +102,9 @@ def detect(shapes: Mapping[str, tuple[int, ...]], where: str, config: Mapping | 
     Raises:
         QuantTuneError: no UNet of the Stable Diffusion families.
     """
+    if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+        raise QuantTuneError(f"{where} has no numbers in '{brief(empty)}'; download it again or "
+                             "choose another file.")
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         found = comfy.model_detection.detect_unet_config(meta, "")

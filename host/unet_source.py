@@ -7,6 +7,7 @@ Diffusers' folders and files, checkpoints in the original names with or without 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import own_format
 from ..quant.tensor_file import TensorFile, open_tensors
 from .diffusers_config import UNET_FIXED, Settings
-from .diffusers_files import ModelFolder, fault, is_index, shards
+from .diffusers_files import ModelFolder, fault, is_index, lacking, shards
 from .fp8 import Fp8, take_scales
 from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
@@ -105,7 +106,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
     """
     path = Path(path)
     name = name or path.name
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, of a name that no file can have
         return _of_folder(path, name)
     where = f"The UNet in {path}"
     if is_index(path):
@@ -114,7 +115,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
             if what := fault(file):
                 trouble = f"{file.name} {what}"
                 break
-        if trouble:
+        if trouble := trouble or lacking(path, files):
             raise QuantTuneError(f"The shards of {path} are not whole: {trouble}; {AGAIN}.")
     else:
         if what := fault(path):

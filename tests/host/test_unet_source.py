@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quanttune.tests.host import unets
 from quanttune.tests.host.unets import WEIGHTS, host_state, told
@@ -289,6 +289,33 @@ class TestRefused:
         for path in (folder, folder / "unet", index):
             assert "download" in told(f"does not list {names[len(names) // 2]}", open_, path)
 
+    def test_an_index_that_lists_a_tensor_of_no_shard(self, tmp_path):
+        """Without its last block this would be a whole UNet, of another depth."""
+        unet = unets.tiny_unet("SDXL")
+        folder = unets.save_pipeline(unet, tmp_path / "xl", max_shard_size="200KB")
+        for shard in (folder / "unet").glob("*.safetensors"):
+            kept = {k: v for k, v in load_file(shard).items() if "transformer_blocks.1." not in k}
+            save_file(kept, shard)
+        for path in (folder, folder / "unet", folder / "unet" / f"{WEIGHTS}.index.json"):
+            message = told(r"index.json lists '.*transformer_blocks.1.*', which none of its files "
+                           "has", open_, path)
+            assert "download" in message
+
+    @pytest.mark.parametrize("name", ["a\0.safetensors", "\ud800.safetensors"])
+    def test_an_index_with_names_that_no_file_has(self, name, folder):
+        index = folder / "unet" / f"{WEIGHTS}.index.json"
+        index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+        (folder / "unet" / WEIGHTS).unlink()
+        for path in (folder, index):
+            assert "download" in told("cannot be read", open_, path)
+
+    @pytest.mark.parametrize("name", ["conv_in.weight", "conv_norm_out.bias"])
+    def test_a_tensor_without_numbers(self, name, saved, tmp_path):
+        state = {**saved[0].state_dict(), name: torch.zeros(0, *[3] * (name[-1] == "t"))}
+        save_file(state, tmp_path / "x.safetensors")
+        told("has no numbers in '(input_blocks.0.0.weight|out.0.bias)'", open_,
+             tmp_path / "x.safetensors")
+
     @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "sigmoid"])
     def test_noise_that_comfyui_cannot_sample(self, schedule, saved, tmp_path):
         folder = unets.save_pipeline(saved[0], tmp_path / "x", {"beta_schedule": schedule})
@@ -331,7 +358,7 @@ class TestRefused:
         for name, state in names.items():
             save_file(state, tmp_path / name)
         index = tmp_path / "m.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": dict(zip("ab", names))}))
+        index.write_text(json.dumps({"weight_map": dict(zip(("out.2.bias", "out.0.bias"), names))}))
         told("has 'out.0.bias' in two of its files", open_, index)
 
     def test_quantized_already(self, saved, tmp_path):
