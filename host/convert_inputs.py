@@ -39,7 +39,7 @@ def check_apart(
 
 def files_of(source: Path) -> Iterator[Path]:
     """The files that may be read of a source: itself, its shards, those of a model's folder."""
-    if source.is_dir():
+    if os.path.isdir(source):
         for pattern in ("*", "*/*"):
             yield from source.glob(pattern)
         return

@@ -51,10 +51,10 @@ def convert(path: str | os.PathLike[str], options) -> str:
 def _check_scales_target(target: Path, unet: Path, read, overwrite: bool) -> None:
     """Refuse a place for the scales before anything is read: nothing is lost, or half done."""
     check_target(target, what="target of the scales")
-    if unet.resolve() == target.resolve():
+    if os.path.realpath(unet) == os.path.realpath(target):
         raise QuantTuneError(f"The scales cannot be written to {target}, which is the target of "
                              "the UNet; choose another name.")
     check_apart(target, read)
-    if target.exists() and not overwrite:
+    if os.path.exists(target) and not overwrite:
         raise QuantTuneError(f"The file {target} exists already; choose another name or add "
                              "--overwrite.")

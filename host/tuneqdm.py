@@ -29,6 +29,7 @@ from .convert_inputs import check_apart
 from .convert_target import STATE, check_target
 from .describe import model_config
 from .diffusers_files import ModelFolder
+from .float_model import check_fits
 from .lora_keys import brief
 from .unet_names import LDM, detect, find_unet, host_names
 from .unet_source import UNetSource, is_unet, open_unet, unet_metadata
@@ -74,10 +75,14 @@ def read_tuneqdm(path: str | os.PathLike[str], base: str | os.PathLike[str] | No
     shapes = {names[name]: shape for name, shape in state.shapes.items()}
     floats = {names[name]: value for name, value in state.floats.items()}
     metadata = _metadata(state, shapes, floats, path, given)
-    expected = _expected(metadata, shapes, path.name)
-    missing = sorted(expected - floats.keys() - {f"{name}.weight" for name in layers})
+    skeleton = _skeleton(metadata, shapes, path.name)
+    missing = sorted(skeleton.state_dict().keys() - floats.keys()
+                     - {f"{name}.weight" for name in layers})
     if missing:
         floats |= _norms(missing, {ours: name for name, ours in names.items()}, path, given)
+    found = {f"{name}.weight": tuple(layer.shape) for name, layer in layers.items()}
+    found |= {name: tuple(value.shape) for name, value in floats.items()}
+    check_fits(skeleton, found, f"The TuneQDM state {path}")
     metadata = replace(metadata, provenance={
         "source": path.name, "bits": state.width, "symmetric": all(
             w.symmetric for w in layers.values()), "tuneqdm": scales.metadata.extra["tuneqdm"]})
@@ -160,7 +165,7 @@ def _layer_names(state: TuneqdmState, names: Mapping[str, str]) -> dict[str, str
 
 def _base(path: Path) -> UNetSource | Path:
     """A base that was given: a float model, or a pipeline that the authors' training saved."""
-    if path.is_dir():
+    if os.path.isdir(path):
         part = "" if is_unet(path) else "unet"
         files = ModelFolder(path, "base folder").weight_files(part)
         if any(name.endswith(".weight_int") for name in open_tensors(files[0]).shapes):
@@ -211,12 +216,12 @@ def _metadata(state: TuneqdmState, shapes: Mapping[str, tuple[int, ...]],
     return unet_metadata(shapes, family, unet_config, dict(floats), config, unet, pipeline)
 
 
-def _expected(metadata: UNetMetadata, shapes: Mapping, name: str) -> set[str]:
-    """Names of all tensors of the host's UNet."""
+def _skeleton(metadata: UNetMetadata, shapes: Mapping, name: str) -> torch.nn.Module:
+    """The host's UNet, on the meta device."""
     config = model_config(QuantizedCheckpoint(metadata, {}, dict.fromkeys(shapes)), name)
     config.set_inference_dtype(torch.float32, None)
     try:
-        return set(config.get_model({}, "", device="meta").diffusion_model.state_dict())
+        return config.get_model({}, "", device="meta").diffusion_model
     except Exception as error:  # the host's classes meet what may be a hostile description
         raise QuantTuneError(f"The TuneQDM state '{name}' describes a network that ComfyUI cannot "
                              f"build ({brief(error)}); save it again.") from error

@@ -122,9 +122,9 @@ def read_state(path: str | os.PathLike[str]) -> TuneqdmState:
     if not isinstance(tensors, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise _damaged(path, f"its {STATE} holds something else than tensors by name")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    while tensors and (prefix := next(
+            (p for p in PREFIXES if all(key.startswith(p) for key in tensors)), "")):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     pieces, floats = _pieces(tensors)
     if not any(OUT in own for own in pieces.values()):
         raise QuantTuneError(f"The TuneQDM state {path} lacks the output scales ({OUT}) of every "

@@ -250,6 +250,25 @@ class TestHostile:
         torch.save({**state, "delta_state": own}, tmp_path / "dog" / STATE)
         told("lacks 'mid_block.resnets.1.conv1|lacks '", read, tmp_path / "dog" / STATE)
 
+    def test_a_bias_of_another_shape(self, tmp_path):
+        """What no node would load is not written."""
+        _, state = trained(tmp_path / "dog")
+        for bias in (torch.ones(()), torch.ones(3)):
+            own = {**state["delta_state"], "conv_in.bias": bias}
+            torch.save({**state, "delta_state": own}, tmp_path / "dog" / STATE)
+            told(r"input_blocks.0.0.bias has the shape \[3?\], not \[32\]", convert,
+                 tmp_path / "dog" / STATE, tmp_path / "a.safetensors")
+        assert not (tmp_path / "a.safetensors").exists()
+
+    def test_names_that_no_file_has(self, tmp_path):
+        trained(tmp_path / "dog")
+        state, out, long = tmp_path / "dog" / STATE, tmp_path / "a.safetensors", "x" * 300
+        told("the name is too long", convert, state, tmp_path / f"{long}.safetensors")
+        for base, why in ((long, "cannot be read|too long"), ("x\0", "null byte")):
+            told(why, lambda base=base: convert(state, out, base=base))
+        told("the name is too long", lambda: convert(
+            state, out, scales=str(tmp_path / f"{long}.safetensors")))
+
     def test_a_note_that_lies(self, tmp_path):
         import json
 

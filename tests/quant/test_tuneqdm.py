@@ -225,7 +225,7 @@ class TestPieces:
             assert (scales.num_experts, scales.num_timesteps, found.width) == (2, 1000, 4)
             assert all(torch.equal(layers[n].packed, w.packed) for n, w in whole.items())
 
-    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet."])
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet._orig_mod."])
     def test_saved_from_inside_a_wrapper(self, prefix, path):
         found = written(path, authors_state(Net(), prefix=prefix))
         assert set(found.layers) == set(NAMES)
