@@ -206,9 +206,18 @@ def written_whole(path: str | os.PathLike[str], size: int | None = None) -> Iter
             os.unlink(temporary)
         except OSError:
             pass
-        if isinstance(error, OSError):
-            raise unwritten(path, error, size) from error
+        if (cause := _of_the_system(error)) is not None:
+            raise unwritten(path, cause, size) from error
         raise
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The error of the system that an error is, or that it hides: torch's writer of archives meets
+    a full disk, wants to end its archive all the same, and tells that it could not."""
+    if isinstance(error, OSError):
+        return error
+    hidden = error.__context__ if isinstance(error, RuntimeError) else None
+    return hidden if isinstance(hidden, OSError) else None
 
 
 def remove_old_parts(folder: str | os.PathLike[str]) -> None:

@@ -108,6 +108,29 @@ def test_a_full_disk(path, monkeypatch):
     assert os.listdir(path.parent) == []
 
 
+def test_a_full_disk_that_torch_meets(path):
+    """Its writer raises an error of its own, about the end of the archive."""
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.left = file, 1000
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    path.write_bytes(b"old")
+    with pytest.raises(QuantTuneError, match="disk is full"):
+        with written_whole(path) as file:
+            torch.save({"a": torch.zeros(2**16)}, Full(file))
+    assert path.read_bytes() == b"old"
+
+
 def test_a_full_disk_is_told_with_the_room_it_takes(path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
