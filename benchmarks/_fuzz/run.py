@@ -22,6 +22,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from .mutate import LARGEST, mutated
 
 SECONDS = 5.0
@@ -264,6 +266,7 @@ def _work(
     os.environ["TMPDIR"] = str(bench.temporary)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root.with_suffix(".compiled"))
     os.chdir(bench.temporary)
+    torch.set_num_threads(1)  # the processor time of others that wait would count as the reader's
     seeds = reader.seeds()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
