@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..quant import QuantTuneError
@@ -37,6 +38,9 @@ def alone(folder: Path, accelerator=None) -> Iterator[None]:
     try:
         yield
     finally:
+        if lock.is_locked and not os.path.exists(folder):  # nothing was begun
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
         lock.release()
 
 

@@ -400,7 +400,7 @@ def test_what_a_user_can_mend(changes, match, output_folder):
     with pytest.raises(QuantTuneError, match=match) as caught:
         train(model, changes.pop("base", "as it is"), data=data, **changes)
     assert "\n" not in str(caught.value)
-    assert not (output_folder / "quanttune_runs").exists(), "nothing was begun"
+    assert not list(output_folder.glob("quanttune_runs/*")), "nothing was begun"
     assert answer(model).isfinite().all(), "and the model is in order"
 
 

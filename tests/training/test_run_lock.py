@@ -52,6 +52,7 @@ def test_a_failure_inside_frees_it_too(tmp_path):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), alone(tmp_path / "owl"):
             raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [], "nothing was begun, and nothing is left"
 
 
 def test_the_folder_may_be_renamed_and_deleted_meanwhile(tmp_path):
