@@ -15,6 +15,7 @@ from ..quant import QuantTuneError
 from ..quant.limits import is_finite
 from ..quant.safe_file import is_cut_short, read_header, read_with_strings, refuse_pipe
 from ..quant.tensor_file import PICKLED, SAFETENSORS, load_pickled
+from ..quant.torch_archive import TensorArchive, is_archive
 from .lora_keys import brief
 
 STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",),
@@ -173,17 +174,25 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
 def lacking(index: Path, files: list[Path]) -> str | None:
     """What is wrong when an index lists a tensor that is in none of its shards, or None.
 
-    Without this a UNet whose last layers are missing could be taken for a smaller one. Only of
-    safetensors files the names can be read without the numbers; others are not looked at.
+    Without this a UNet whose last layers are missing could be taken for a smaller one. Of files
+    from before torch 1.6 the names cannot be read without the numbers: they are not looked at.
 
     Args:
         index: that `shards` has found to be whole.
         files: its shards, as `fault` has found them to be.
     """
-    if any(path.suffix not in SAFETENSORS for path in files):
-        return None
+    found: set[str] = set()
+    for path in files:
+        if path.suffix.lower() in SAFETENSORS:
+            found |= read_header(path)[1].keys()
+        elif is_archive(path):
+            try:
+                found |= TensorArchive(path).tensors.keys()
+            except QuantTuneError:  # whoever reads the file says it with its own words
+                return None
+        else:
+            return None
     listed = json.loads(index.read_text("utf-8-sig"))["weight_map"]
-    found = set().union(*(read_header(path)[1] for path in files))
     name = next((name for name in listed if name not in found), None)
     return name and f"{index.name} lists '{brief(name)}', which none of its files has"
 

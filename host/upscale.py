@@ -31,6 +31,8 @@ GRID = 8
 """The UNet halves its input three times, so latents and tiles have multiples of this as sides."""
 PREVIEW = 512
 """Longest side of a preview, in latents."""
+SEEDS = 2**63
+"""Seeds count from 0 again here: torch takes twice as many, and samplers add to theirs."""
 Report = Callable[[int, int, object], None]
 """What is done, of how much, and a picture in the host's form or None."""
 
@@ -47,7 +49,8 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
     told the level as a class, and the VAE decodes. Noise is drawn as the host does: of the latent
     from the seed, of the image from the seed minus 10.
 
-    Picture i of a batch takes ``seed + i``: it is what the picture alone gives with that seed.
+    Picture i of a batch takes ``seed + i`` (modulo `SEEDS`): it is what the picture alone gives
+    with that seed.
 
     Args:
         model: the host's MODEL of an x4 upscaler.
@@ -79,11 +82,12 @@ def upscale(model, vae, image: torch.Tensor, positive: Sequence, negative: Seque
     bar = Bar(progress, count, len(host.sigmas) - 1, len(tiles), len(decoding))
     latents = []
     for index, picture in enumerate(image):
-        low_res = noised(model, picture, noise_level, seed + index)
+        own_seed = (seed + index) % SEEDS  # a seed that comes by a link may be any
+        low_res = noised(model, picture, noise_level, own_seed)
         give_back()
         attached = TiledSampling(tiles, low_res, noise_level, bar.tile).attach(model)
         latents.append(_sampled(attached, host, tiles, positive, negative, cfg,
-                                seed + index, bar, (height, width)))
+                                own_seed, bar, (height, width)))
         del low_res, attached
         give_back()
     device = comfy.model_management.intermediate_device()

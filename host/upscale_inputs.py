@@ -64,8 +64,9 @@ def check_image(image) -> torch.Tensor:
         raise QuantTuneError(f"The picture is empty ({width} x {height} pixels); connect one with "
                              "at least one pixel.")
     if not image.is_floating_point():
-        raise QuantTuneError(f"The image holds whole numbers ({image.dtype}), but ComfyUI's images "
-                             "are fractions of 0 to 1; divide what makes it by 255.")
+        kind, do = ("complex", "check") if image.is_complex() else ("whole", "divide by 255")
+        raise QuantTuneError(f"The image holds {kind} numbers ({image.dtype}), but ComfyUI's "
+                             f"images are fractions of 0 to 1; {do} what makes it.")
     if not is_finite(image):
         raise QuantTuneError("The image holds NaN or infinite values; check what makes it.")
     return image

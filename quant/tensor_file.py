@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .paging import let_go, page_out
 from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries, refuse_pipe
-from .torch_archive import check_extent, check_records
+from .torch_archive import check_extent, check_records, weights_among
 from .torch_structure import check_structure
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -26,8 +26,6 @@ SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """How the names of PyTorch's files end."""
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-NESTED = ("state_dict",)
-"""Where checkpoints of training programs keep the weights among other things."""
 
 
 class TensorFile:
@@ -242,11 +240,8 @@ def load_pickled(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         QuantTuneError: also for something else than the weights of a model.
     """
     state = load_unpickled(path)
-    if isinstance(state, dict):
-        for key in NESTED:
-            if isinstance(state.get(key), dict):
-                inner = state[key]
-                state = {k: v for k, v in inner.items() if isinstance(v, Tensor)}
+    if (inner := weights_among(state)) is not state:
+        state = {k: v for k, v in inner.items() if isinstance(v, Tensor)}
     if not isinstance(state, dict) or not state or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise QuantTuneError(

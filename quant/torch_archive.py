@@ -32,6 +32,8 @@ OLD_START, LFS_START = b"\x80", b"version "
 """How files from before torch 1.6 begin, and those that Git leaves where it did not fetch one."""
 LARGEST_STRUCTURE = 256 * 2**20
 """Bytes of the record with the structure: a thousand times that of a large model."""
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Where checkpoints of training programs keep the weights among other things."""
 BLOCK = 2**20
 """Weights read at once by `StoredTensor.blocks`."""
 _LOCAL_HEADER = 30
@@ -76,6 +78,15 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, set)):
         for entry in value:
             yield from tensors_in(entry)
+
+
+def weights_among(found: object) -> object:
+    """The mapping of weights in what a training program saved; what was saved if it has none."""
+    if isinstance(found, dict):
+        for key in NESTED:
+            if isinstance(found.get(key), dict):
+                return found[key]
+    return found
 
 
 def check_extent(value: object) -> None:
@@ -364,9 +375,8 @@ def _structure(path: str) -> dict:
 
 
 def _mapping(path: str, found: object) -> dict:
-    """The tensors by name: what was saved itself, or what trainers put under "state_dict"."""
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    """The tensors by name: what was saved itself, or the weights among other things."""
+    found = weights_among(found)
     if not isinstance(found, dict):
         raise QuantTuneError(
             f"The file {path} holds a {type(found).__name__} and not a dictionary of tensors; "

@@ -71,6 +71,28 @@ class TestShards:
         assert shards(index) == ([], f"{index.name} does not list {lacking}")
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_shards_of_pytorch_that_lack_a_tensor(old, tmp_path):
+    """The names in files from before torch 1.6 are not looked at."""
+    from quanttune.host.diffusers_files import ModelFolder
+    from quanttune.quant import QuantTuneError
+
+    names = [n.replace("safetensors", "bin") for n in numbered("diffusion_pytorch_model", 2)]
+    for n, name in enumerate(names):
+        torch.save({f"key{n}": torch.ones(1)}, tmp_path / name,
+                   _use_new_zipfile_serialization=not old)
+    index = tmp_path / "diffusion_pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"key0": names[0], "key1": names[1]}}))
+    assert ModelFolder(tmp_path).weights("").keys() == {"key0", "key1"}
+    index.write_text(json.dumps({"weight_map": {"key0": names[0], "key2": names[1]}}))
+    if old:
+        assert len(ModelFolder(tmp_path).weight_files("")) == 2
+        return
+    with pytest.raises(QuantTuneError, match=f"{index.name} lists 'key2', which none of its files "
+                                             "has.*; download"):
+        ModelFolder(tmp_path).weight_files("")
+
+
 def test_a_tensor_that_two_files_of_a_folder_have(tmp_path):
     from quanttune.host.diffusers_files import ModelFolder
     from quanttune.quant import QuantTuneError

@@ -292,6 +292,14 @@ def test_an_image_of_a_batch_is_what_it_is_alone(parts, sampler):
         assert torch.equal(together[i], alone[0])
 
 
+def test_after_the_last_seed_comes_the_first(parts):
+    """A seed that comes by a link is not held to the widget's range."""
+    batch = image(12, 66, count=2)
+    first = run(parts, batch[1:], seed=0, steps=1)[0]
+    for seed in (2**63 - 1, 2**64 - 1):
+        assert torch.equal(run(parts, batch, seed=seed, steps=1)[1], first)
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (7, 3), (30, 200), (9, 65), (64, 64)])
 def test_any_shape(parts, height, width):
     found = run(parts, image(height, width), steps=1)

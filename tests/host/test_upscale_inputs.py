@@ -20,7 +20,8 @@ def test_bad_pictures(parts):
            "NaN": torch.full((1, 8, 8, 3), torch.nan), "channels": torch.zeros(1, 8, 8, 2),
            r"is \[8, 8, 3\]": torch.zeros(8, 8, 3), "is NoneType": None,
            r"whole numbers \(torch.uint8\)": torch.full((1, 8, 8, 3), 255, dtype=torch.uint8),
-           r"whole numbers \(torch.int64\)": torch.ones(1, 8, 8, 3, dtype=torch.int64)}
+           r"whole numbers \(torch.int64\)": torch.ones(1, 8, 8, 3, dtype=torch.int64),
+           r"complex numbers \(torch.complex64\)": torch.ones(1, 8, 8, 3) * 1j}
     for match, picture in bad.items():
         with pytest.raises(QuantTuneError, match=match) as caught:
             run(parts, picture)

@@ -113,9 +113,10 @@ def test_quantizers_of_activations_are_left_out(tmp_path):
     assert set(found.floats) == {*(f"{name}.bias" for name in UNET), "out.0.weight"}
 
 
-def test_a_trainers_wrapping_and_other_types_are_read(tmp_path):
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_a_trainers_wrapping_and_other_types_are_read(key, tmp_path):
     state = {k: torch.nn.Parameter(v) for k, v in synthetic(4).items()}
-    path = saved({"state_dict": state, "epoch": 3}, tmp_path)
+    path = saved({key: state, "epoch": 3}, tmp_path)
     check_all({k: v.detach() for k, v in state.items()}, path, 4)
     half = {k: v.half() if k.endswith("alpha") else v for k, v in synthetic(4).items()}
     check_all(half, saved(half, tmp_path, "half.pt"), 4)

@@ -113,7 +113,8 @@ def test_headers_that_lie(entry, tmp_path):
     refused("a.safetensors", tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("found", [[], 3, {}, {"a": 1}, {1: torch.zeros(1)}, {"state_dict": {}}])
+@pytest.mark.parametrize("found", [[], 3, {}, {"a": 1}, {1: torch.zeros(1)}, {"state_dict": {}},
+                                   {"model": {}}])
 def test_no_weights(found, tmp_path):
     torch.save(found, tmp_path / "a.pt")
     with pytest.raises(QuantTuneError, match="something else than the weights"):
