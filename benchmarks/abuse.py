@@ -39,6 +39,11 @@ def files(options: argparse.Namespace) -> tuple[dict, int]:
     from quanttune.benchmarks._fuzz import registry, run
 
     readers = registry.readers()
+    named = [f.rpartition(":")[0] or f for f in (*options.files, options.replay) if f]
+    if unknown := {*named, *(options.reader or ())} - readers.keys():
+        known = ", ".join(map(repr, readers))
+        print(f"There is no reader {min(unknown)!r}; it has to be one of {known}.")
+        return {}, 1
     if options.replay:
         return {}, replay(readers, options)
     if options.reader:

@@ -58,17 +58,19 @@ def host_state() -> dict[str, Tensor]:
     return found
 
 
-def sharded() -> Files:
-    """The folder with its weights in two files and an index."""
+def sharded(kind: str = "safetensors") -> Files:
+    """The folder with its weights in two files of a kind ("safetensors", "bin") and an index."""
+    saver = stored_file if kind == "safetensors" else archives.saved
     files = dict(pipeline())
     tensors = {n: _tensor(s) for n, s in safetensors(files.pop(f"sd/unet/{WEIGHTS}"))[1].items()}
     names = sorted(tensors)
     index = {"metadata": {"total_size": 1}, "weight_map": {}}
     for number, part in ((1, names[::2]), (2, names[1::2])):
-        file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
-        files[f"sd/unet/{file}"] = stored_file({n: tensors[n] for n in part})
+        file = f"diffusion_pytorch_model-0000{number}-of-00002.{kind}"
+        files[f"sd/unet/{file}"] = saver({n: tensors[n] for n in part})
         index["weight_map"] |= dict.fromkeys(part, file)
-    files[f"sd/unet/{WEIGHTS}.index.json"] = json.dumps(index).encode()
+    name = f"diffusion_pytorch_model.{kind}.index.json"
+    files[f"sd/unet/{name}"] = json.dumps(index).encode()
     return files
 
 
@@ -293,7 +295,7 @@ def readers() -> list[Reader]:
     return [
         Reader(
             "UNet folder",
-            lambda: [pipeline(), sharded()],
+            lambda: [pipeline(), sharded(), sharded("bin")],
             settled(read_unet),
             check_folder,
             share=0.06,
