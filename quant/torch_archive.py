@@ -296,6 +296,9 @@ class TensorArchive:
         records = {}
         if len({entry.filename for entry in entries}) != len(entries):
             raise self._damaged("is damaged (it has two records of one name)")
+        # torch calculates where a record lies and does not ask for its name; a name that is
+        # another is a damaged directory, though.
+        data = f"{entries[0].filename.partition('/')[0]}/data/".lower() if entries else ""
         for entry in entries:
             pickled = entry.filename.endswith("data.pkl")
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -310,7 +313,8 @@ class TensorArchive:
                 raise self._damaged("is cut short or damaged (a record is not where it should be)")
             if begin + entry.file_size > self._state[0]:
                 raise self._damaged("is cut short")
-            records[begin] = entry.file_size
+            if entry.filename.lower().startswith(data):
+                records[begin] = entry.file_size
         return records
 
     def _stored(self, name: str, tensor: Tensor, records: dict[int, int]) -> StoredTensor:
@@ -336,7 +340,10 @@ class TensorArchive:
         size = tensor.element_size()
         fits = records.get(offset) == storage.nbytes() >= (last + 1) * size
         if not fits or tensor.numel() * size > storage.nbytes() or tensor.storage_offset() < 0:
-            raise self._damaged(f"is damaged: the tensor '{name[:100]}' is larger than its data")
+            raise self._damaged(
+                f"is damaged: what the tensor '{name[:100]}' needs is not there or larger than its "
+                "data"
+            )
         return StoredTensor(self, name, tensor, offset)
 
 

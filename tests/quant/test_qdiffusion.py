@@ -440,6 +440,16 @@ def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
     assert "larger than its data" in told(rezipped(path, tmp_path / "short.pth", shorter))
 
 
+def test_a_record_of_another_name_is_refused(tmp_path):
+    """Nobody asks the directory for its name where the place of a record is calculated."""
+    path = saved(synthetic(4), tmp_path)
+    data = path.read_bytes()
+    name = b"/data/3PK"  # as it stands in the directory, at whose entries' beginnings "PK" stands
+    assert data.count(name) == 1
+    path.write_bytes(data.replace(name, b"/ ata/3PK"))
+    assert "is not there" in told(path)
+
+
 def test_other_byte_orders_are_refused(tmp_path):
     path = saved(synthetic(4), tmp_path)
 
