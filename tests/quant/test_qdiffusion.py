@@ -1,5 +1,6 @@
 """Checkpoints of Q-Diffusion: every integer of synthetic files, hostile files, and memory."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -441,13 +442,13 @@ def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
 
 
 def test_a_record_of_another_name_is_refused(tmp_path):
-    """Nobody asks the directory for its name where the place of a record is calculated."""
+    """Newer releases of torch calculate a record's place and do not ask for its name."""
     path = saved(synthetic(4), tmp_path)
     data = path.read_bytes()
     name = b"/data/3PK"  # as it stands in the directory, at whose entries' beginnings "PK" stands
     assert data.count(name) == 1
     path.write_bytes(data.replace(name, b"/ ata/3PK"))
-    assert "is not there" in told(path)
+    assert re.search("is not there|not found", told(path))
 
 
 def test_other_byte_orders_are_refused(tmp_path):
