@@ -14,6 +14,8 @@ LARGEST_ZERO = 2.0**40
 quantizers, and so a zero point of 1e8 for each 1 of its weights."""
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 """A type that has neither NaN nor infinities, and that torch cannot turn into another."""
+MOST_SIDES = 16
+"""Dimensions of a tensor; a shape of hundreds of ones is no model's, and no message can tell it."""
 BLOCK = 2**22
 """Values that are looked at at once where that takes memory."""
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import MOST_SIDES
 
 METADATA_KEY = "quanttune"
 """Key of the header's string metadata under which our own JSON object is stored."""
@@ -181,11 +182,13 @@ def read_entries(
         strings = {} if strings is None else strings
         if not all(isinstance(text, str) for text in strings.values()):
             raise ValueError("metadata that is no text")
-        shapes = [tuple(entry["shape"]) for entry in entries.values()]
-        for shape in shapes:
+        for shape in [entry["shape"] for entry in entries.values()]:
             # An empty tensor may have sides, too, that no program counts to.
-            if not all(type(n) is int and n >= 0 for n in shape) or (
-                math.prod(n or 1 for n in shape) >= 2**62
+            if (
+                not isinstance(shape, list)
+                or len(shape) > MOST_SIDES
+                or not all(type(n) is int and n >= 0 for n in shape)
+                or math.prod(n or 1 for n in shape) >= 2**62
             ):
                 raise ValueError("a shape that is none")
     except (OSError, ValueError, RecursionError) as error:

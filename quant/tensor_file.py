@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .paging import let_go, page_out
 from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries, refuse_pipe
-from .torch_archive import check_extent, check_records, weights_among
+from .torch_archive import check_extent, check_listed, check_records, weights_among
 from .torch_structure import check_structure
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -188,6 +188,8 @@ def load_unpickled(path: str | os.PathLike[str], plain: bool = True) -> object:
         # "mmap" is for the zip form alone.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         check_extent(found)
+        if not mapped:
+            check_listed(path, found)
     except FileNotFoundError:
         raise QuantTuneError(
             f"The file {path} does not exist; choose another file or put it there."

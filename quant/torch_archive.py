@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from .errors import QuantTuneError
+from .limits import MOST_SIDES
 from .paging import page_out
 from .safe_file import first_line, refuse_pipe
-from .torch_structure import check_structure
+from .torch_structure import check_structure, listed_storages
 from .whole_file import tensor_bytes
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
@@ -94,13 +95,35 @@ def check_extent(value: object) -> None:
 
     Raises:
         ValueError: a tensor that shows its numbers more than once: a few bytes could fill the
-            memory when they are copied.
+            memory when they are copied. Or one of more dimensions than any model's.
     """
     for tensor in tensors_in(value):
+        if tensor.dim() > MOST_SIDES:
+            raise ValueError(f"it holds a tensor of {tensor.dim()} dimensions")
         if tensor.layout != torch.strided or tensor.is_quantized:
             continue  # has no numbers in a row; whoever needs them refuses it
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError("it holds a tensor that is larger than its data")
+
+
+def check_listed(path: str | os.PathLike[str], found: object) -> None:
+    """Refuse a file from before torch 1.6 that lacks the numbers of a tensor.
+
+    torch fills the storages that the file lists, and leaves in the others what happens to lie in
+    the memory.
+
+    Args:
+        path: of the file.
+        found: what torch read from it.
+
+    Raises:
+        ValueError: not as many storages are listed as the tensors have.
+    """
+    tensors = list(tensors_in(found))
+    if all(t.layout == torch.strided for t in tensors):  # others are refused by whoever needs them
+        own = {t.untyped_storage()._cdata for t in tensors}
+        if len(own) != len(listed_storages(path)):
+            raise ValueError("it has not the numbers of all its tensors")
 
 
 def check_records(path: str | os.PathLike[str]) -> None:
@@ -322,6 +345,11 @@ class TensorArchive:
             raise QuantTuneError(
                 f"The file {self.path} holds '{name[:100]}' as a {tensor.layout} tensor, which no "
                 "checkpoint of weights does; choose another file."
+            )
+        if tensor.dim() > MOST_SIDES:
+            raise QuantTuneError(
+                f"The file {self.path} holds '{name[:100]}' with {tensor.dim()} dimensions, which "
+                "no checkpoint of weights does; choose another file."
             )
         if tensor.is_neg() or tensor.is_conj():
             raise QuantTuneError(

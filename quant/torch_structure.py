@@ -31,6 +31,7 @@ FIXED = {
 """Operations and how many bytes follow."""
 SIZED = {b"X"[0]: "<I", b"U"[0]: "<B", b"\x8a"[0]: "<B"}
 """Operations that are followed by a number of bytes, and by as many bytes."""
+TEXTS = b"XU"
 
 
 def check_structure(path: str | os.PathLike[str]) -> None:
@@ -59,8 +60,28 @@ def check_structure(path: str | os.PathLike[str]) -> None:
             raise ValueError("it is no file of PyTorch")
 
 
-def walk(data: bytes | mmap.mmap, place: int) -> int:
+def listed_storages(path: str | os.PathLike[str]) -> set[bytes]:
+    """The names of the storages whose numbers follow in a file from before PyTorch 1.6.
+
+    Raises:
+        ValueError, OSError: see `check_structure`.
+    """
+    names: list[bytes] = []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = 0
+        for _ in range(LEGACY_STREAMS - 1):
+            place = walk(data, place)
+        walk(data, place, names)
+    return set(names)
+
+
+def walk(data: bytes | mmap.mmap, place: int, texts: list[bytes] | None = None) -> int:
     """The end of the stream that begins at a place.
+
+    Args:
+        data: the file, or one record of it.
+        place: where the stream begins.
+        texts: the texts that are met are put here.
 
     Raises:
         ValueError: see `check_structure`, and a stream without an end.
@@ -77,6 +98,8 @@ def walk(data: bytes | mmap.mmap, place: int) -> int:
                 break
             (length,) = struct.unpack_from(form, data, place)
             place += struct.calcsize(form) + length
+            if texts is not None and code in TEXTS:
+                texts.append(bytes(data[place - length : place]))
         elif code == GLOBAL:
             for _ in range(2):
                 end = data.find(b"\n", place, place + LONGEST_NAME)

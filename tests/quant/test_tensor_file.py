@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from quanttune.quant import QuantTuneError
 from quanttune.quant.tensor_file import DTYPES, load_pickled, load_unpickled, open_tensors
+from quanttune.quant.torch_structure import LEGACY_STREAMS, listed_storages, walk
 
 
 def state(form=""):
@@ -106,7 +107,9 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path):
     {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 2**64]},
     {"dtype": "F32", "shape": [2], "data_offsets": 3},
     {"dtype": "F32", "shape": [2]}, {"dtype": "NEW", "shape": [2], "data_offsets": [0, 8]},
-    {"shape": [2], "data_offsets": [0, 8]}])
+    {"shape": [2], "data_offsets": [0, 8]},
+    {"dtype": "I64", "shape": "", "data_offsets": [0, 8]},
+    {"dtype": "I64", "shape": [1] * 17, "data_offsets": [0, 8]}])
 def test_headers_that_lie(entry, tmp_path):
     text = json.dumps({"x" * 200: entry}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
@@ -119,6 +122,31 @@ def test_no_weights(found, tmp_path):
     torch.save(found, tmp_path / "a.pt")
     with pytest.raises(QuantTuneError, match="something else than the weights"):
         load_pickled(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tensor_of_more_dimensions_than_any(legacy, tmp_path):
+    torch.save({"a": torch.zeros([1] * 17)}, tmp_path / "a.pt",
+               _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(QuantTuneError, match="a tensor of 17 dimensions"):
+        load_pickled(tmp_path / "a.pt")
+
+
+def test_an_old_file_that_lacks_the_numbers_of_a_tensor(tmp_path):
+    """torch fills the storages that are listed and leaves the others as the memory is."""
+    path = tmp_path / "a.pt"
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2), "c": torch.ones(3)[1:], "d": torch.ones(0)}
+    torch.save({**tensors, "e": tensors["a"][:1]}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_pickled(path)["e"], torch.ones(1))
+    data = path.read_bytes()
+    place = 0
+    for _ in range(LEGACY_STREAMS - 1):
+        place = walk(data, place)
+    assert len(listed_storages(path)) == 4
+    path.write_bytes(data[:place] + b"\x80\x02]q\x00." + data[walk(data, place):])  # an empty list
+    assert torch.load(path, weights_only=True).keys() == {*tensors, "e"}
+    with pytest.raises(QuantTuneError, match="has not the numbers of all its tensors"):
+        load_pickled(path)
 
 
 def test_code_does_not_run(tmp_path):
