@@ -162,8 +162,7 @@ def _latent(picture, patcher, vae, identity: str, cache: Path | None, index: int
     key.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
     path = None if cache is None else Path(cache) / f"{key.hexdigest()[:40]}.safetensors"
     found = None if path is None else _read(path, LATENT)
-    if found is not None and "latent" in found and found["latent"].dim() == 3 and (
-            found["latent"].dtype == torch.float32):
+    if found is not None and "latent" in found and found["latent"].dim() == 3:
         return found["latent"]
     latent = patcher.model.process_latent_in(vae.encode(picture[None]))[0].float().cpu()
     if not is_finite(latent):
@@ -180,7 +179,8 @@ def _read(path: Path, kind: str) -> dict[str, torch.Tensor] | None:
         return None
     try:
         told, tensors = read_safetensors(path)
-        if told == {"format": kind} and tensors and all(map(is_finite, tensors.values())):
+        if told == {"format": kind} and tensors and all(
+                t.dtype == torch.float32 and is_finite(t) for t in tensors.values()):
             return {name: t.clone() for name, t in tensors.items()}
     except QuantTuneError:
         pass

@@ -211,14 +211,15 @@ class TrainingLoop(ABC):
             history = [StepRecord(*row) for row in state["history"]]
             step = int(state["step"])
             if not 0 <= step <= self.steps or [r.step for r in history] != list(
-                    range(1, step + 1)):
+                    range(1, step + 1)) or not all(math.isfinite(r.loss) for r in history):
                 raise ValueError("steps")
             # Saved is a state only while the loss is a number.
             if not all(map(is_finite, tensors_in(state))):
                 raise ValueError("values")
             self.step = self._saved = step
             self.load(state)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError,
+                RuntimeError) as error:
             if isinstance(error, QuantTuneError):
                 raise
             raise QuantTuneError(

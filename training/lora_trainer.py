@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..quant import QuantTuneError
-from ..quant.limits import is_finite
 from .adapters import Adapters
 from .data import EmptyCaptions, TrainingSet
 from .denoising import Denoiser, DenoisingTrainer
@@ -20,6 +19,7 @@ from .loop import Progress
 from .lora_config import LoraTraining
 from .lora_layer import LoraLayer
 from .optimizers import build_optimizer, set_learning_rate
+from .restore import restore_optimizer, restore_values
 from .sampling import generator_of
 
 KEPT = "lora-before-the-error.safetensors"
@@ -157,12 +157,8 @@ class LoraTrainer(DenoisingTrainer):
 
     def load(self, state: dict) -> None:
         """See `TrainingLoop.load`."""
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                if parameter.shape != value.shape or not is_finite(value):
-                    raise ValueError("parameters")
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_values(self.parameters, state["parameters"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         for parameter in self.parameters if self.step else ():
             moments = self.optimizer.state[parameter]
             if not any(name in moments and moments[name].shape == parameter.shape

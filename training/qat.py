@@ -17,6 +17,7 @@ from ..quant.qat import FakeQuantLayer
 from .history import StepRecord
 from .loop import TrainingLoop, plain
 from .optimizers import rate_factor, set_learning_rate
+from .restore import restore_optimizer, restore_values
 from .sampling import generator_of
 
 WEIGHTINGS = ("picture", "even")
@@ -186,7 +187,5 @@ class QatTrainer(TrainingLoop):
 
     def load(self, state: dict) -> None:
         """See `TrainingLoop.load`."""
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_values(self.parameters, state["parameters"])
+        restore_optimizer(self.optimizer, state["optimizer"])

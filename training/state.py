@@ -85,10 +85,10 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        check_structure(path)  # refuses what is packed: it could be a thousand times the file
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
-        check_structure(path)
         check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive fails in as many ways as there are bytes

@@ -16,6 +16,7 @@ from .denoising import Denoiser, DenoisingTrainer
 from .history import StepRecord
 from .loop import Progress
 from .optimizers import build_optimizer, set_learning_rate
+from .restore import check_like, restore_optimizer, restore_values
 from .scales import TrainableScales
 
 KEPT = "scales-before-the-error.safetensors"
@@ -214,13 +215,11 @@ class ScaleTrainer(DenoisingTrainer):
 
     def load(self, state: dict) -> None:
         """See `TrainingLoop.load`."""
-        with torch.no_grad():
-            for parameter, value in zip(self.scales.parameters(), state["scales"], strict=True):
-                if parameter.shape != value.shape:
-                    raise ValueError("shapes")
-                parameter.copy_(value)
-        for optimizer, value in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(value)
+        restore_values(self.scales.parameters(), state["scales"])
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            restore_optimizer(optimizer, value)
+        for value, wanted in zip(state["average"], self.average, strict=True):
+            check_like(value, wanted)
         self.average = [t if t is None else t.to(self.denoiser.device) for t in state["average"]]
         # States of earlier versions have none.
         for step, expert, loss in state.get("mixed", []):

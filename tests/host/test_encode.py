@@ -51,7 +51,8 @@ def test_an_empty_caption_comes_with_the_size_of_its_picture():
 
 @pytest.mark.parametrize("tensors,kind", [
     ({"latent": torch.tensor([[[float("nan")]]])}, "quanttune.latent"),
-    ({"latent": torch.ones(1, 2, 2)}, "quanttune.conditions"), ({}, "quanttune.latent")])
+    ({"latent": torch.ones(1, 2, 2)}, "quanttune.conditions"), ({}, "quanttune.latent"),
+    ({"latent": torch.ones(1, 2, 2, dtype=torch.bool)}, "quanttune.latent")])
 def test_a_damaged_cache_is_made_again(tensors, kind, comfy_inprocess, tmp_path):
     from quanttune.host.encode import LATENT, _read
     from quanttune.quant.whole_file import write_safetensors

@@ -298,6 +298,48 @@ def test_states_that_contradict_themselves_are_refused(change, tmp_path):
         trainer(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["average", "average of nothing", "exp_avg", "exp_avg_sq", "type",
+                                  "optimizer", "loss", "mixed"])
+def test_a_state_of_other_tensors_is_refused(part, tmp_path):
+    """torch would stretch and convert what is copied, and take moments of any shape."""
+    def run():
+        return trainer(tmp_path, num_experts=2, ema_decay=0.5)
+
+    run().run(lambda progress: progress.record.step == 5)
+    state = load_state(tmp_path)
+    if part == "average":
+        state["average"][0] = state["average"][0][..., :1]
+    elif part == "average of nothing":
+        state["average"] = [None] * len(state["average"])
+    elif part.startswith("exp"):
+        moments = state["optimizers"][0]["state"][0]
+        moments[part] = moments[part][..., :1]
+    elif part == "type":
+        state["scales"] = [t.half() for t in state["scales"]]
+    elif part == "optimizer":
+        state["optimizers"] = state["optimizers"][:0]
+    elif part == "loss":
+        state["history"][2][1] = float("nan")
+    else:
+        state["mixed"] = [(float("inf"), 0, 0.1)]
+    save_state(tmp_path, state)
+    with pytest.raises(QuantTuneError, match="damaged"):
+        run()
+
+
+def test_a_packed_state_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    trainer(tmp_path).run(lambda progress: progress.record.step == 5)
+    path = tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(path) as archive:
+        records = {i.filename: archive.read(i) for i in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: pytest.fail("unpacked"))
+    with pytest.raises(QuantTuneError, match="damaged"):
+        trainer(tmp_path)
+
+
 def test_flipped_bits_are_noticed(tmp_path):
     trainer(tmp_path).run(lambda progress: progress.record.step == 5)
     path = tmp_path / "checkpoint.pt"
