@@ -94,6 +94,27 @@ def test_templates_have_pictures_titles_and_lines_and_open_by_a_click(frontend_p
     assert frontend_page.errors == []
 
 
+def test_a_template_opens_where_its_note_can_be_read(frontend_page):
+    # The host shows all of it, from so far away on a small screen that no text is drawn.
+    frontend_page.page.set_viewport_size({"width": 1366, "height": 768})
+    open_templates(frontend_page)
+    frontend_page.page.click(f"[data-testid=template-workflow-{FIRST}]")
+    frontend_page.page.wait_for_function(
+        """() => window.app.rootGraph.nodes.some(n => n.type === 'QuantTuneQuantizeUNet')
+            && !window.app.canvas.low_quality"""
+    )
+    note = frontend_page.page.get_by_text("What it does:", exact=True)
+    note.wait_for(state="visible")
+    seen = note.bounding_box()
+    assert 64 < seen["x"] < 700 and 92 < seen["y"] < 600
+    # A view of one's own is left alone: what is opened from a file is seen as it was left.
+    mine = frontend_page.graph_to_prompt()["workflow"]
+    mine["extra"]["ds"] = {"scale": 0.3, "offset": [600, 200]}
+    frontend_page.load(mine, "mine")
+    assert frontend_page.page.evaluate("() => window.app.canvas.ds.scale") == pytest.approx(0.3)
+    assert frontend_page.errors == []
+
+
 def test_run_fills_the_template_with_pictures_and_reports(frontend_page, comfy_server):
     comfy_server.forget_results()
     frontend_page.load(read(FILES[0]), FIRST)

@@ -34,6 +34,8 @@ SUBJECTS = {
 NOTE_COLOUR = "#653"
 TITLE = 30  # height of the bar above a node's box
 AREA_TITLE = 34  # of the bar within an area
+READABLE = 0.6  # the scale below which the frontend's canvas draws no texts, and somewhat more
+BARS, SCREEN = (64, 92), (1366, 700)  # where the frontend's bars end, and a small screen does
 NARROWEST = 225  # of a node in the frontend's "Nodes 2.0", which draws narrower ones as wide
 PARTS = ("**What it does:**", "**What to change for your own:**", "**What it costs:**")
 DURATION = r"\d+ (seconds|minutes)|[Ss]ome seconds|[Aa]bout a minute"
@@ -79,6 +81,7 @@ def problems(workflow):
         own = notes[0]["widgets_values"][0].partition(PARTS[1])[2].partition(PARTS[2])[0]
         if "**run_name** of your own" not in own:  # one's own pictures would not go with the run
             found.append("the note does not say that a run of one's own wants a name of its own")
+    found += view_problems(workflow, notes[0])
     if len(groups) < 3:
         found.append(f"only {len(groups)} areas")
     for number, group in enumerate(groups, start=1):
@@ -115,6 +118,19 @@ def problems(workflow):
     return found
 
 
+def view_problems(workflow, note):
+    """What is wrong with where the file is looked at from when it is opened."""
+    view = workflow["extra"]["ds"]
+    if view["scale"] < READABLE:
+        return [f"at a scale of {view['scale']} the frontend draws no texts"]
+    left, top, right, bottom = (
+        (edge + view["offset"][axis % 2]) * view["scale"] for axis, edge in enumerate(box(note))
+    )
+    if left < BARS[0] or top < BARS[1] or right > SCREEN[0] or bottom > SCREEN[1]:
+        return ["the note is not in sight where the file is opened"]
+    return []
+
+
 def note_problems(note):
     text = note["widgets_values"][0]
     found = []
@@ -131,6 +147,8 @@ def note_problems(note):
                 found.append(f"the note says next to nothing after {part}")
         if not re.search(DURATION, text[places[2] :]):
             found.append("the note does not say how long it takes")
+    if "`" in text:  # "Nodes 2.0" writes code in blue on the note's brown in the dark theme
+        found.append("the note has words set as code, which are hard to read in Nodes 2.0")
     if note.get("bgcolor") != NOTE_COLOUR:
         found.append(f"the note has the colour {note.get('bgcolor')}")
     lines = sum(-(-len(line) // LINE_LETTERS) for line in text.splitlines() if line)
@@ -248,6 +266,19 @@ def hyphen(workflow):
     note[0] = note[0].replace("4 bits side", "4-bit side", 1)
 
 
+def code(workflow):
+    note = workflow["nodes"][0]["widgets_values"]
+    note[0] = note[0].replace("*bits*", "`bits`", 1)
+
+
+def far_away(workflow):
+    workflow["extra"]["ds"]["scale"] = 0.5
+
+
+def elsewhere(workflow):
+    workflow["extra"]["ds"]["offset"] = [0, 0]
+
+
 def nameless_run(workflow):
     workflow["nodes"][-1]["inputs"].append({"name": "run_name", "widget": {"name": "run_name"}})
 
@@ -271,6 +302,9 @@ def nameless_run(workflow):
         wired_over,
         long_title,
         hyphen,
+        code,
+        far_away,
+        elsewhere,
         nameless_run,
     ],
 )
