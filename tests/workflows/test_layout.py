@@ -34,9 +34,14 @@ SUBJECTS = {
 NOTE_COLOUR = "#653"
 TITLE = 30  # height of the bar above a node's box
 AREA_TITLE = 34  # of the bar within an area
-READABLE = 0.6  # the scale below which the frontend's canvas draws no texts, and somewhat more
-BARS, SCREEN = (64, 92), (1366, 700)  # where the frontend's bars end, and a small screen does
 NARROWEST = 225  # of a node in the frontend's "Nodes 2.0", which draws narrower ones as wide
+# What nodes grow by when they have run: in "Nodes 2.0" a line with bits and size beside the pack's
+# name, and while it draws a live preview, which the frontend leaves room for from then on.
+GROWTH = {
+    "QuantTuneLoadQuantizedUNet": 52,
+    "QuantTuneLoadUpscaler": 52,
+    "QuantTuneUpscale4x": 256,
+}
 PARTS = ("**What it does:**", "**What to change for your own:**", "**What it costs:**")
 DURATION = r"\d+ (seconds|minutes)|[Ss]ome seconds|[Aa]bout a minute"
 # A letter of a node's title, and what else its bar holds, in pixels.
@@ -50,9 +55,9 @@ def read(path):
 
 
 def box(node):
-    """[left, top, right, bottom] of a node, with its title."""
+    """[left, top, right, bottom] of a node, with its title, and as large as it becomes."""
     (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE, x + width, y + height
+    return x, y - TITLE, x + width, y + height + GROWTH.get(node["type"], 0)
 
 
 def area_box(group, inside=False):
@@ -81,7 +86,6 @@ def problems(workflow):
         own = notes[0]["widgets_values"][0].partition(PARTS[1])[2].partition(PARTS[2])[0]
         if "**run_name** of your own" not in own:  # one's own pictures would not go with the run
             found.append("the note does not say that a run of one's own wants a name of its own")
-    found += view_problems(workflow, notes[0])
     if len(groups) < 3:
         found.append(f"only {len(groups)} areas")
     for number, group in enumerate(groups, start=1):
@@ -116,19 +120,6 @@ def problems(workflow):
         if not any(overlap(box(node), area_box(group)) for node in nodes):
             found.append(f"area {group['title']!r} is empty")
     return found
-
-
-def view_problems(workflow, note):
-    """What is wrong with where the file is looked at from when it is opened."""
-    view = workflow["extra"]["ds"]
-    if view["scale"] < READABLE:
-        return [f"at a scale of {view['scale']} the frontend draws no texts"]
-    left, top, right, bottom = (
-        (edge + view["offset"][axis % 2]) * view["scale"] for axis, edge in enumerate(box(note))
-    )
-    if left < BARS[0] or top < BARS[1] or right > SCREEN[0] or bottom > SCREEN[1]:
-        return ["the note is not in sight where the file is opened"]
-    return []
 
 
 def note_problems(note):
@@ -271,14 +262,6 @@ def code(workflow):
     note[0] = note[0].replace("*bits*", "`bits`", 1)
 
 
-def far_away(workflow):
-    workflow["extra"]["ds"]["scale"] = 0.5
-
-
-def elsewhere(workflow):
-    workflow["extra"]["ds"]["offset"] = [0, 0]
-
-
 def nameless_run(workflow):
     workflow["nodes"][-1]["inputs"].append({"name": "run_name", "widget": {"name": "run_name"}})
 
@@ -303,8 +286,6 @@ def nameless_run(workflow):
         long_title,
         hyphen,
         code,
-        far_away,
-        elsewhere,
         nameless_run,
     ],
 )
