@@ -136,10 +136,7 @@ def _dequantized(module: nn.Module, value: Tensor) -> Tensor:
     if isinstance(value, QuantizedTensor):
         return value.dequantize().to("cpu", torch.float32)
     if callable(getattr(module, "get_weight", None)):  # GGUF layers
-        bare = value.to(value.device)
-        if getattr(bare, "patches", None):
-            bare.patches = []  # ours to add
-        return module.get_weight(bare, torch.float32).to("cpu", torch.float32)
+        return _without_patches(module, value)
     if getattr(value, "quant_state", None) is not None:  # layers of bitsandbytes
         from bitsandbytes.functional import dequantize_4bit
 
@@ -147,3 +144,16 @@ def _dequantized(module: nn.Module, value: Tensor) -> Tensor:
     if getattr(value, "SCB", None) is not None:
         return value.data.to("cpu", torch.float32) * (value.SCB.cpu().float()[:, None] / 127)
     return value.detach().to("cpu", torch.float32) if value.is_floating_point() else value.cpu()
+
+
+def _without_patches(layer: nn.Module, value: Tensor) -> Tensor:
+    """A weight of a GGUF layer before any patch; those it carries are on the MODEL as well."""
+    patches = getattr(value, "patches", None)
+    if not patches:
+        return layer.get_weight(value, torch.float32).to("cpu", torch.float32)
+    # Such a tensor is its own copy, and a model that stays loaded is not given its patches again.
+    value.patches = []
+    try:
+        return layer.get_weight(value, torch.float32).to("cpu", torch.float32)
+    finally:
+        value.patches = patches

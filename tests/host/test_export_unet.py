@@ -93,6 +93,23 @@ def test_loaded_and_patched_models_give_the_same():
     assert models.relative(models.forward(after, arguments), expected) < 1e-5
 
 
+def test_gguf_layers_keep_the_patches_they_carry():
+    quantized, _ = quantize(models.small_model())
+    changed, twin = gguf(models.dequantized_copy(quantized))
+    arguments = models.inputs(quantized)
+    base = models.forward(changed, arguments)
+    weight = changed.model.diffusion_model.time_embed[0].weight
+    diff = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    # As its loader gives a loaded model's weights the patches of the MODEL.
+    weight.patches = [([(1.0, ("diff", (diff,)), 1.0, None, None)], "time_embed.0.weight")]
+    patched = models.forward(changed, arguments)
+    assert models.relative(patched, base) > 1e-3
+    merged = export(changed)[0]
+    assert models.relative(models.forward(merged, arguments), models.forward(twin, arguments)
+                           ) < 1e-5
+    assert torch.equal(models.forward(changed, arguments), patched)
+
+
 def test_a_bypass_lora_is_refused():
     from quanttune.quant import QuantTuneError
 
