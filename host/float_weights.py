@@ -137,12 +137,20 @@ def _dequantized(module: nn.Module, value: Tensor) -> Tensor:
         return value.dequantize().to("cpu", torch.float32)
     if callable(getattr(module, "get_weight", None)):  # GGUF layers
         return _without_patches(module, value)
-    if getattr(value, "quant_state", None) is not None:  # layers of bitsandbytes
+    state = getattr(value, "quant_state", None)
+    if state is not None:  # layers of bitsandbytes
+        if getattr(state, "packing_format_for_cpu", False):
+            # Its forward put the codes into an order for one kind of processor, which its own
+            # dequantizer reads as if they were in the usual one.
+            return value.data.cpu()
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(value.data, value.quant_state).to("cpu", torch.float32)
-    if getattr(value, "SCB", None) is not None:
-        return value.data.to("cpu", torch.float32) * (value.SCB.cpu().float()[:, None] / 127)
+        return dequantize_4bit(value.data, state).to("cpu", torch.float32)
+    scale = getattr(value, "SCB", None)
+    if scale is None and value.dtype == torch.int8:  # its forward moves them there
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+    if scale is not None:
+        return value.data.to("cpu", torch.float32) * (scale.cpu().float()[:, None] / 127)
     return value.detach().to("cpu", torch.float32) if value.is_floating_point() else value.cpu()
 
 

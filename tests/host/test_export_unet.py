@@ -93,6 +93,23 @@ def test_loaded_and_patched_models_give_the_same():
     assert models.relative(models.forward(after, arguments), expected) < 1e-5
 
 
+def test_layers_of_bitsandbytes_that_have_run():
+    from quanttune.quant import QuantTuneError
+
+    floats = models.small_model()
+    arguments = models.inputs(floats)
+    changed, twin = replaced(floats, bnb_layer("int8"))
+    models.forward(changed, arguments)
+    expected = models.forward(twin, arguments)
+    assert models.relative(models.forward(export(changed)[0], arguments), expected) < 1e-5
+    # In evaluation mode some processors have 4 bits in another order from the first forward on.
+    changed, _ = replaced(floats, bnb_layer("nf4"))
+    weight = changed.model.diffusion_model.time_embed[0].weight
+    weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(QuantTuneError, match=r"'time_embed.0.weight' is kept in a form .*uint8"):
+        export(changed)
+
+
 def test_gguf_layers_keep_the_patches_they_carry():
     quantized, _ = quantize(models.small_model())
     changed, twin = gguf(models.dequantized_copy(quantized))
