@@ -34,6 +34,7 @@ from .save import STOCK_PREFIX, mark_prediction
 COMFYUI, DIFFUSERS, NOTHING = "ComfyUI file", "diffusers folder", "no file"
 FORMATS = (COMFYUI, DIFFUSERS, NOTHING)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+INSTEAD = "choose the diffusers folder, for a pipeline whose scheduler says it, or no file"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -73,7 +74,7 @@ def export_unet(patcher, form: str = COMFYUI, dtype: str = "float16",
     if form == COMFYUI:
         path = output_path(prefix, example="diffusion_models/merged")
         tensors = {STOCK_PREFIX + name: value for name, value in state.items()}
-        mark_prediction(model, tensors)
+        mark_prediction(model, tensors, INSTEAD)
         write_safetensors(path, tensors, _facts(patcher, interval), strings={"format": "pt"})
     elif form == DIFFUSERS:
         path = output_path(prefix, "", example="merged")

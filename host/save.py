@@ -109,30 +109,38 @@ def _half(value: torch.Tensor) -> torch.Tensor:
     return half if is_finite(half) else value.to(torch.bfloat16)
 
 
-def mark_prediction(model, tensors: dict[str, torch.Tensor]) -> None:
+def mark_prediction(model, tensors: dict[str, torch.Tensor],
+                    instead: str = "use 'Save Quantized UNet', which keeps what it is") -> None:
     """Add the empty tensors by which ComfyUI's loader knows what a model predicts.
 
-    Raises QuantTuneError where no mark makes it the same as in ``model``.
+    Those of a UNet whose size that loader does not know are for readers that do.
+
+    Raises QuantTuneError where no mark makes it the same as in ``model``, and says what to do
+    ``instead``.
     """
     # Only weights reach the detector, as in `stock_int8.read_stock`; a configuration is made anew
     # each time, since it keeps what it is told and cannot be copied.
     weights = {k: v for k, v in tensors.items() if not k.endswith((".comfy_quant", "_scale"))}
-    if comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX) is None:
-        return  # unknown to that loader: it says so itself
+    known = comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX) is not None
     wanted, zsnr = model.model_type, bool(model.model_config.sampling_settings.get("zsnr"))
     marks = [] if wanted.name != "V_PREDICTION" else ["v_pred", *(["ztsnr"] if zsnr else [])]
 
     def found():
         own = {k.removeprefix(STOCK_PREFIX): v for k, v in tensors.items()}
-        config = comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX)
+        config = (comfy.model_detection.model_config_from_unet(weights, STOCK_PREFIX) if known
+                  else type(model.model_config)(dict(model.model_config.unet_config)))
         return config.model_type(own, "")
 
     if marks and found() != wanted:
-        tensors.update({f"{STOCK_PREFIX}{mark}": torch.zeros(0) for mark in marks})
-    if found() != wanted:
+        added = {f"{STOCK_PREFIX}{mark}": torch.zeros(0) for mark in marks}
+        tensors.update(added)
+        if not known and found() != wanted:
+            for mark in added:
+                del tensors[mark]
+    if known and found() != wanted:  # unknown to that loader: it says so itself
         raise QuantTuneError(
             f"ComfyUI's own loader would take this {wanted.name} model for a {found().name} one "
-            "and draw noise; use 'Save Quantized UNet', which keeps what it is.")
+            f"and draw noise; {instead}.")
 
 
 def _left_out(patcher) -> list[str]:

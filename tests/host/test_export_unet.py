@@ -244,6 +244,27 @@ def test_what_a_killed_export_left_is_deleted_after_a_day(host_folders):
                                                                 "merged_00002_.5.tmp"}
 
 
+def test_what_comfyui_cannot_be_told(monkeypatch):
+    import comfy.model_base
+    import comfy.model_detection
+    import comfy.supported_models
+
+    from quanttune.host.load_unet import load_float
+    from quanttune.quant import QuantTuneError
+
+    large = models.small_model("SDXL")
+    large.model.model_type = comfy.model_base.ModelType.V_PREDICTION
+    path = export(large, "ComfyUI file")[1]
+    assert load_float(path).model.model_type.name == "V_PREDICTION"
+    model = models.small_model()
+    model.model.model_type = comfy.model_base.ModelType.V_PREDICTION
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet",
+                        lambda weights, prefix: comfy.supported_models.SD15(
+                            dict(model.model.model_config.unet_config)))
+    with pytest.raises(QuantTuneError, match=r"V_PREDICTION model.*; choose the diffusers folder"):
+        export(model, "ComfyUI file")
+
+
 def test_what_diffusers_cannot_be_told():
     from quanttune.quant import QuantTuneError
 

@@ -97,6 +97,19 @@ def test_what_a_model_predicts_is_marked_or_refused(comfy_inprocess, host_folder
         mark_prediction(model, {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)})
 
 
+def test_a_size_that_comfyui_does_not_know_is_marked_where_a_mark_says_it(comfy_inprocess):
+    import comfy.model_base
+
+    from quanttune.host.save import STOCK_PREFIX, mark_prediction
+
+    for family, marks in (("SDXL", {"v_pred"}), ("SD15", set())):
+        model = models.small_model(family).model
+        model.model_type = comfy.model_base.ModelType.V_PREDICTION
+        tensors = {f"{STOCK_PREFIX}out.2.bias": torch.zeros(4)}
+        mark_prediction(model, tensors)
+        assert set(tensors) == {f"{STOCK_PREFIX}{name}" for name in {"out.2.bias", *marks}}
+
+
 def test_what_float16_cannot_hold_is_written_in_bfloat16():
     from quanttune.host.save import _half
 
