@@ -26,6 +26,10 @@ from .ops import QuantTuneOps, scaled_layers
 
 PREFIX = "diffusion_model."
 SCALES = (".weight_scale", ".weight_zero_point")
+ALREADY = (
+    "This MODEL's weights are quantized already, by ComfyUI or another loader (fp8 or int8 with "
+    "scales, nvfp4, GGUF, bitsandbytes); load the fp16 or bf16 file of the same model instead, an "
+    "int8 file with 'Load Quantized UNet', or put 'Export Float UNet' before this node.")
 ATTRIBUTES = ("model_sampling", "latent_format", "model_type", "concat_keys")
 """What a MODEL may have of its own beside the defaults of its family."""
 
@@ -148,14 +152,17 @@ def refuse_bypass_lora(patcher, instead: str) -> None:
 
 
 def originals(patcher) -> dict:
-    """The host's weights of the diffusion model by key, each with how to bring it to float."""
+    """The host's weights of the diffusion model by key, each with how to bring it to float.
+
+    Raises QuantTuneError for weights that the host or another loader quantized.
+    """
     try:
         found = patcher.get_key_patches(PREFIX)
     except AttributeError as error:
-        raise QuantTuneError(
-            "This MODEL holds weights that ComfyUI quantized already (fp8 or int8 with scales); "
-            "load the fp16 or bf16 file of the same model instead, or an int8 file with 'Load "
-            "Quantized UNet'.") from error
+        raise QuantTuneError(ALREADY) from error
+    for key, (first, *_) in found.items():
+        if key.endswith(".weight") and first[0] is not None and not first[0].is_floating_point():
+            raise QuantTuneError(ALREADY)
     # Of packed layers their scales are listed, too, since they take memory.
     return {key: entry for key, entry in found.items() if not key.endswith(SCALES)}
 

@@ -258,6 +258,17 @@ def test_layers_of_bitsandbytes(pair, kind, tolerance):
     check(pair, changed, twin, tolerance)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_they_are_told_apart_from_floats(pair, kind):
+    from quanttune.host.export_unet import export_unet
+    from quanttune.quant import QuantTuneError
+
+    changed, _ = replaced(pair[1], bnb_layer(kind))
+    with pytest.raises(QuantTuneError, match=r"quantized already, .*'Export Float UNet'"):
+        quantize(changed)
+    quantize(export_unet(changed, "no file", "float32")[0])
+
+
 def test_a_lora_on_the_convolutions_beside_them(pair):
     quantized, floats = pair
     changed, twin = gguf(floats)
