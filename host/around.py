@@ -39,6 +39,26 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return layer.out_features, layer.in_features
 
 
+def weight_shapes(patcher) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of a MODEL's or CLIP's patcher by its name in the host.
+
+    GGUF layers tell the host how many bytes they take; here is what those stand for.
+    """
+    shapes = {}
+    for key, value in patcher.model_state_dict().items():
+        shapes[key] = tuple(value.shape)
+        name, _, leaf = key.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            continue
+        try:
+            layer = patcher.model.get_submodule(name)
+        except AttributeError:  # such as the room for the largest weight, which is no layer's
+            continue
+        if is_layer(layer) and callable(getattr(layer, "get_weight", None)):
+            shapes[key] = weight_shape(layer)[:1 if leaf == "bias" else None]
+    return shapes
+
+
 def _is_conv(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d)
 

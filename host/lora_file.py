@@ -18,6 +18,7 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import read_with_strings
 from ..quant.whole_file import write_safetensors
 from ..training.lora_layer import LoraLayer
+from .around import weight_shapes
 from .folders import output_path
 from .lora_fit import check_tensors, fit_lora
 from .lora_keys import ALPHA, DOWN, KOHYA, MAGNITUDE, UP, brief, by_layer, file_names
@@ -123,12 +124,12 @@ def import_lora(lora: Mapping[str, Tensor], model, clip=None,
     return layers
 
 
-def _shapes(model, clip) -> dict[str, torch.Size]:
-    states = [p.model_state_dict() for p in (model, clip and clip.patcher) if p is not None]
-    return {key: value.shape for state in states for key, value in state.items()}
+def _shapes(model, clip) -> dict[str, tuple[int, ...]]:
+    states = [weight_shapes(p) for p in (model, clip and clip.patcher) if p is not None]
+    return {key: shape for state in states for key, shape in state.items()}
 
 
-def _plain(target, patch: LoRAAdapter, shape: torch.Size) -> LoraLayer:
+def _plain(target, patch: LoRAAdapter, shape: tuple[int, ...]) -> LoraLayer:
     """An adapter of the host for a whole weight, wherever it acts."""
     up, down, alpha, mid, dora_scale, reshape = patch.weights
     if reshape is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..quant import QuantTuneError
 from ..quant.limits import is_finite
 from ..training.lora_layer import largest_rank
+from .around import weight_shapes
 from .lora_change import LIMIT, largest_change
 from .lora_keys import ALPHA, DOWN, UP, brief, by_layer, key_map
 from .lora_peft import ENCODERS, WRAPPER, normalised, peft_config
@@ -155,15 +156,15 @@ class _Weights:
         self._known: dict = {}
         for patcher in (model, None if clip is None else clip.patcher):
             if patcher is not None:
-                self._known |= patcher.model_state_dict()
+                self._known |= weight_shapes(patcher)
         self._patchers = [p for p in (model, clip and clip.patcher) if p is not None]
 
     def shape(self, target) -> tuple[int, ...] | None:
         """Shape of the weight, or of the part of it, behind ``target``."""
-        weight = self._known.get(_key(target))
-        if weight is None:
+        whole = self._known.get(_key(target))
+        if whole is None:
             return None
-        shape = list(weight.shape)
+        shape = list(whole)
         if part := _part(target):
             shape[part[0]] = part[2]
         return tuple(shape)

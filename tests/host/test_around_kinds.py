@@ -166,6 +166,13 @@ def stand_in_layers():
                 weight = comfy.lora.calculate_weight(patches, weight, key)
             return weight
 
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            # What its memory is reckoned by: bytes without their meaning.
+            for leaf, value in self._parameters.items():
+                if value is not None:
+                    destination[prefix + leaf] = torch.empty(value.size(), dtype=value.dtype,
+                                                             device="meta")
+
         def forward_comfy_cast_weights(self, input):
             weight = self.get_weight(self.weight.to(input.device), input.dtype)
             bias = None if self.bias is None else self.get_weight(self.bias, input.dtype)
@@ -220,6 +227,21 @@ def test_gguf_by_a_stand_in_with_patches_of_its_own(pair):
     layer.bias.patches = [([(1.0, ("diff", (diff,)), 1.0, None, None)], "time_embed.0.bias")]
     twin.model.diffusion_model.time_embed[0].bias += diff
     check(pair, changed, twin)
+
+
+def test_a_lora_fits_gguf_by_what_its_bytes_stand_for(pair):
+    from quanttune.host.lora_file import import_lora
+    from quanttune.host.lora_fit import fit_lora
+    from quanttune.quant import QuantTuneError
+
+    changed, _ = gguf(pair[1])
+    lora = lora_file(pair[1])
+    layers, same = import_lora(lora, changed), import_lora(lora, pair[1])
+    assert {n: v.up.shape for n, v in layers.items()} == {n: v.up.shape for n, v in same.items()}
+    assert len(fit_lora(lora, changed).patches) == len(fit_lora(lora, pair[1]).patches)
+    name = next(n for n in lora if n.endswith("lora_down.weight"))
+    with pytest.raises(QuantTuneError, match="does not fit this model"):
+        fit_lora(lora | {name: lora[name][:, 1:]}, changed)
 
 
 def bnb_layer(kind):
