@@ -100,6 +100,10 @@ def _collected(patcher, dtype: torch.dtype, interval: int) -> tuple[dict[str, Te
                 continue
             rounded = value.to(dtype, copy=True)
             if not is_finite(rounded):
+                if not is_finite(value):
+                    raise QuantTuneError(
+                        f"'{name}' holds NaN or infinite values in this MODEL; load or download "
+                        "the model again, and look at what was merged into it.")
                 raise QuantTuneError(
                     f"'{name}' holds values of up to {value.abs().max():.3g}, too large for "
                     f"{str(dtype).removeprefix('torch.')}; choose bfloat16 or float32.")

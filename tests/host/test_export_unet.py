@@ -143,6 +143,10 @@ def test_values_too_large_for_half():
     with pytest.raises(QuantTuneError, match=r"'out.2.weight'.*choose bfloat16 or float32"):
         export(floats, dtype="float16")
     export(floats, dtype="bfloat16")
+    for value in (float("nan"), float("inf")):
+        floats.model.diffusion_model.out[2].weight[0, 0, 0, 0] = value
+        with pytest.raises(QuantTuneError, match=r"'out.2.weight' holds NaN or infinite"):
+            export(floats)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 5e-2)])
