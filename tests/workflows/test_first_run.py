@@ -103,10 +103,12 @@ def test_a_template_opens_where_its_note_can_be_read(frontend_page):
         """() => window.app.rootGraph.nodes.some(n => n.type === 'QuantTuneQuantizeUNet')
             && !window.app.canvas.low_quality"""
     )
-    note = frontend_page.page.get_by_text("What it does:", exact=True)
-    note.wait_for(state="visible")
-    seen = note.bounding_box()
-    assert 64 < seen["x"] < 700 and 92 < seen["y"] < 600
+    frontend_page.page.wait_for_function(
+        """() => [...document.querySelectorAll("strong")].some((part) => {
+            const { x, y } = part.getBoundingClientRect();
+            return part.textContent === "What it does:" && x > 64 && x < 700 && y > 92 && y < 600;
+        })"""
+    )
     # A view of one's own is left alone: what is opened from a file is seen as it was left.
     mine = frontend_page.graph_to_prompt()["workflow"]
     mine["extra"]["ds"] = {"scale": 0.3, "offset": [600, 200]}
