@@ -24,7 +24,7 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import read_header, read_with_strings
 from .bnb import BLOCK, FOUR_BIT, BnbWeight
 from .describe import describe_config
-from .diffusers_files import SHARD, fault, index_of, is_index, lacking, shards
+from .diffusers_files import SHARD, incomplete, index_of, is_index, shards
 from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
 from .unet_names import DIFFUSERS, detect, find_unet, host_names
@@ -72,11 +72,7 @@ def _files(path: str) -> list[str]:
     files, trouble = shards(index)
     if trouble is None and own and name not in {file.name for file in files}:
         trouble = f"{index.name} does not name this file"
-    for file in () if trouble else files:
-        if what := fault(file):
-            trouble = f"{file.name} {what}"
-            break
-    if trouble := trouble or lacking(index, files):
+    if trouble := trouble or incomplete(index, files):
         raise QuantTuneError(f"The file {name} is a part of a model whose parts are not whole: "
                              f"{trouble}; put all of them and their index into one folder.")
     return [os.fspath(file) for file in files]

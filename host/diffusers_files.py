@@ -101,13 +101,12 @@ class ModelFolder:
         """
         troubles = []
         for choice in _choices(self.path, part):
-            files, trouble = shards(choice) if choice.suffix == ".json" else ([choice], None)
-            for path in () if trouble else files:
-                if what := fault(path):
-                    trouble = f"{path.name} {what}"
-                    break
-            if trouble is None and choice.suffix == ".json":
-                trouble = lacking(choice, files)
+            if choice.suffix == ".json":
+                files, trouble = shards(choice)
+                trouble = trouble or incomplete(choice, files)
+            else:
+                files, what = [choice], fault(choice)
+                trouble = what and f"{choice.name} {what}"
             if trouble is None:
                 return files
             troubles.append(trouble)
@@ -171,16 +170,20 @@ def shards(index: Path) -> tuple[list[Path], str | None]:
     return [index.with_name(name) for name in names], None
 
 
-def lacking(index: Path, files: list[Path]) -> str | None:
-    """What is wrong when an index lists a tensor that is in none of its shards, or None.
+def incomplete(index: Path, files: list[Path]) -> str | None:
+    """What is wrong with the shards that an index names, or None.
 
-    Without this a UNet whose last layers are missing could be taken for a smaller one. Of files
-    from before torch 1.6 the names cannot be read without the numbers: they are not looked at.
+    That includes a tensor that it lists and none of them has: a UNet whose last layers are missing
+    could be taken for a smaller one. Of files from before torch 1.6 the names cannot be read
+    without the numbers: they are not looked at.
 
     Args:
         index: that `shards` has found to be whole.
-        files: its shards, as `fault` has found them to be.
+        files: its shards.
     """
+    for path in files:
+        if what := fault(path):
+            return f"{path.name} {what}"
     found: set[str] = set()
     for path in files:
         if path.suffix.lower() in SAFETENSORS:

@@ -23,7 +23,7 @@ from ..quant.limits import is_finite
 from ..quant.safe_file import own_format
 from ..quant.tensor_file import TensorFile, open_tensors
 from .diffusers_config import UNET_FIXED, Settings
-from .diffusers_files import ModelFolder, fault, is_index, lacking, shards
+from .diffusers_files import ModelFolder, fault, incomplete, is_index, shards
 from .fp8 import Fp8, take_scales
 from .lora_keys import brief
 from .stock_int8 import PREDICTION_MARKS
@@ -111,11 +111,7 @@ def open_unet(path: Path | str, name: str | None = None) -> UNetSource:
     where = f"The UNet in {path}"
     if is_index(path):
         files, trouble = shards(path)
-        for file in () if trouble else files:
-            if what := fault(file):
-                trouble = f"{file.name} {what}"
-                break
-        if trouble := trouble or lacking(path, files):
+        if trouble := trouble or incomplete(path, files):
             raise QuantTuneError(f"The shards of {path} are not whole: {trouble}; {AGAIN}.")
     else:
         if what := fault(path):

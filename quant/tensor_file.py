@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import QuantTuneError
 from .paging import let_go, page_out
 from .safe_file import DTYPE_NAMES, damaged, first_line, is_cut_short, read_entries, refuse_pipe
-from .torch_archive import check_extent, check_listed, check_records, weights_among
+from .torch_checks import check_extent, check_listed, check_records, weights_among
 from .torch_structure import check_structure
 
 SAFETENSORS = (".safetensors", ".sft")

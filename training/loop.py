@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..quant import QuantTuneError
 from ..quant.limits import is_finite
-from ..quant.torch_archive import tensors_in
+from ..quant.torch_checks import tensors_in
 from .history import LossFile, StepRecord, Trackers, usable_trackers
 from .processes import from_first, leave_together
 from .state import check_same, load_state, remove_parts, save_state

@@ -161,8 +161,7 @@ class LoraTrainer(DenoisingTrainer):
         restore_optimizer(self.optimizer, state["optimizer"])
         for parameter in self.parameters if self.step else ():
             moments = self.optimizer.state[parameter]
-            if not any(name in moments and moments[name].shape == parameter.shape
-                       for name in ("exp_avg", "state1")):
+            if not any(name in moments for name in ("exp_avg", "state1")):
                 raise ValueError("moments")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..quant import QuantTuneError
-from ..quant.torch_archive import check_records, tensors_in
+from ..quant.torch_checks import check_records, tensors_in
 from ..quant.torch_structure import check_structure
 from ..quant.whole_file import room
 
